@@ -1,0 +1,441 @@
+"""unimod_mini.data: captioned picture folders and the emoji writer, offline and without npm."""
+import io
+import json
+import subprocess
+import sys
+import tarfile
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from unimod_mini import data
+
+RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
+
+
+@pytest.fixture
+def Image():
+    """PIL.Image, or a skip."""
+    return pytest.importorskip("PIL.Image")
+
+
+def write_folder(folder, rows):
+    """Write metadata.jsonl; a row is a dict, or the raw bytes of its line."""
+    folder.mkdir(exist_ok=True)
+    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+    (folder / "metadata.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    return folder
+
+
+def solid(Image, path, color, size=(8, 8)):
+    """Save one picture of one colour; returns its row of metadata."""
+    Image.new("RGB", size, color).save(path)
+    return {"file_name": path.name, "text": f"picture {path.stem}"}
+
+
+def pixel(image, row, column):
+    """A pixel as a tuple of three integers."""
+    return tuple(image[row, column].tolist())
+
+
+# ---------------------------------------------------------------- load_image_folder
+
+def test_shapes_order_and_limit(tmp_path, Image):
+    """Images are (N, S, S, 3) uint8 in the order of the metadata; a limit keeps the first ones."""
+    rows = [solid(Image, tmp_path / f"{name}.png", (shade, 0, 0))
+            for name, shade in [("c", 30), ("a", 10), ("b", 20)]]
+    write_folder(tmp_path, rows)
+    images, captions = data.load_image_folder(tmp_path, size=5)
+    assert images.shape == (3, 5, 5, 3) and images.dtype == torch.uint8
+    assert captions == ["picture c", "picture a", "picture b"]
+    assert images[:, 0, 0, 0].tolist() == [30, 10, 20]
+    few, few_captions = data.load_image_folder(str(tmp_path), size=5, limit=2)
+    assert torch.equal(few, images[:2]) and few_captions == captions[:2]
+    assert data.load_image_folder(tmp_path, limit=99)[0].shape == (3, 32, 32, 3)
+
+
+def test_limit_does_not_look_at_later_lines(tmp_path, Image):
+    """A line after the limit may be broken; nothing of it is read."""
+    write_folder(tmp_path, [solid(Image, tmp_path / "a.png", RED), b"broken"])
+    assert len(data.load_image_folder(tmp_path, limit=1)[1]) == 1
+
+
+def test_subfolders_blank_lines_and_other_keys(tmp_path, Image):
+    """Pictures may lie in subfolders; blank lines, a byte order mark and other keys are ignored."""
+    (tmp_path / "deep").mkdir()
+    solid(Image, tmp_path / "deep" / "a.png", BLUE)
+    line = json.dumps({"id": 7, "file_name": "deep/a.png", "text": "blue"}).encode()
+    write_folder(tmp_path, [b"\xef\xbb\xbf" + line + b"\r", b"", b"  ", line])
+    images, captions = data.load_image_folder(tmp_path, size=2)
+    assert captions == ["blue", "blue"] and pixel(images[1], 0, 0) == BLUE
+
+
+def test_progress_bar_only_for_many_pictures(tmp_path, Image, capsys):
+    """300 pictures load silently; 301 show a bar."""
+    row = solid(Image, tmp_path / "a.png", RED, (1, 1))
+    for count, shown in [(300, False), (301, True)]:
+        write_folder(tmp_path, [row] * count)
+        data.load_image_folder(tmp_path, size=1)
+        assert ("pictures" in capsys.readouterr().err) == shown
+
+
+# ---------------------------------------------------------------- one picture
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparent_pixels_become_white(tmp_path, Image, mode):
+    """Whatever colour hides under alpha 0, the pixel is white; opaque ones keep their colour."""
+    picture = Image.new("RGBA", (2, 1), (255, 0, 0, 0))
+    picture.putpixel((1, 0), (0, 0, 0, 255))
+    picture.convert(mode).save(tmp_path / "a.png")
+    image = data.read_image(tmp_path / "a.png", 2)
+    assert pixel(image, 0, 0) == WHITE and pixel(image, 0, 1) == (0, 0, 0)
+
+
+def test_half_transparent_blends_with_white(tmp_path, Image):
+    """Alpha 128 over white is the mean of the two: black becomes 127."""
+    Image.new("RGBA", (4, 4), (0, 0, 0, 128)).save(tmp_path / "a.png")
+    assert pixel(data.read_image(tmp_path / "a.png", 4), 2, 2) == (127, 127, 127)
+
+
+def test_palette_transparency_becomes_white(tmp_path, Image):
+    """A transparent entry of a palette (mode P, as in a GIF) is white too."""
+    picture = Image.new("P", (2, 2), 0)
+    picture.putpalette([255, 0, 0, 0, 0, 255])
+    picture.putpixel((1, 1), 1)
+    picture.save(tmp_path / "a.png", transparency=0)
+    image = data.read_image(tmp_path / "a.png", 2)
+    assert pixel(image, 0, 0) == WHITE and pixel(image, 1, 1) == BLUE
+
+
+@pytest.mark.parametrize("mode, fill, suffix, expected", [
+    ("1", 1, "png", WHITE), ("L", 90, "png", (90, 90, 90)), ("RGB", BLUE, "bmp", BLUE),
+    ("P", 0, "gif", (0, 0, 0)), ("CMYK", (0, 0, 0, 0), "tif", WHITE)])
+def test_opaque_modes(tmp_path, Image, mode, fill, suffix, expected):
+    """Grey, palette, CMYK and black-and-white pictures become the same colours in RGB."""
+    Image.new(mode, (4, 4), fill).save(tmp_path / f"a.{suffix}")
+    image = data.read_image(tmp_path / f"a.{suffix}", 4)
+    assert image.shape == (4, 4, 3) and pixel(image, 3, 3) == expected
+
+
+def test_sixteen_bits_are_refused(tmp_path, Image):
+    """A 16-bit picture is an error that names it, not a silently white square."""
+    Image.new("I;16", (4, 4), 3000).save(tmp_path / "deep.png")
+    with pytest.raises(ValueError, match="deep.png.*8 bits"):
+        data.read_image(tmp_path / "deep.png", 4)
+
+
+def test_wide_picture_is_centred_on_white(tmp_path, Image):
+    """64x32 at size 32 is 32x16: 8 white rows, 16 red ones, 8 white ones."""
+    solid(Image, tmp_path / "a.png", RED, (64, 32))
+    image = data.read_image(tmp_path / "a.png", 32)
+    white, red = torch.tensor(WHITE, dtype=torch.uint8), torch.tensor(RED, dtype=torch.uint8)
+    assert (image[:8] == white).all() and (image[24:] == white).all()
+    assert (image[8:24] == red).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(width=st.integers(1, 200), height=st.integers(1, 200), size=st.integers(1, 40))
+@example(width=200, height=1, size=32)
+def test_aspect_ratio_is_kept(tmp_path_factory, width, height, size):
+    """The longer side fills the square, the other is in proportion (at least 1), margins equal."""
+    Image = pytest.importorskip("PIL.Image")
+    path = tmp_path_factory.mktemp("aspect") / "a.png"
+    Image.new("RGB", (width, height), "black").save(path)
+    dark = data.read_image(path, size)[..., 0] == 0  # (S, S)
+    rows, columns = dark.any(1).sum().item(), dark.any(0).sum().item()
+    assert max(rows, columns) == size and dark.sum() == rows * columns
+    assert min(rows, columns) == max(1, round(min(width, height) * size / max(width, height)))
+    top, left = dark.any(1).int().argmax().item(), dark.any(0).int().argmax().item()
+    assert (top, left) == ((size - rows) // 2, (size - columns) // 2)
+
+
+def test_resize_is_antialiased(tmp_path, Image):
+    """A fine checkerboard shrinks to an even grey, not to whichever pixels happen to be picked."""
+    board = Image.new("L", (64, 64))
+    board.putdata([255 * ((i + i // 64) % 2) for i in range(64 * 64)])
+    board.save(tmp_path / "a.png")
+    image = data.read_image(tmp_path / "a.png", 8).float()
+    assert (image - 127.5).abs().max() < 4
+
+
+def test_no_colour_bleeds_from_transparent_pixels(tmp_path, Image):
+    """Shrinking a white disc on transparent red gives no trace of red."""
+    picture = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
+    picture.paste((255, 255, 255, 255), (20, 20, 43, 43))
+    picture.save(tmp_path / "a.png")
+    assert (data.read_image(tmp_path / "a.png", 16) == 255).all()
+
+
+def test_photographs_stand_upright(tmp_path, Image):
+    """The EXIF orientation of a camera is applied: 6 turns the left edge up to the top."""
+    picture = Image.new("RGB", (64, 64), "white")
+    picture.paste((0, 0, 0), (0, 0, 32, 64))  # the left half is black
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "a.jpg", exif=exif, quality=95)
+    image = data.read_image(tmp_path / "a.jpg", 8).float()
+    assert image[:3].max() < 20 and image[5:].min() > 235
+
+
+def test_missing_pillow_says_what_to_install(tmp_path, monkeypatch):
+    """Without Pillow the module imports, and reading a picture names both ways to install it."""
+    monkeypatch.setitem(sys.modules, "PIL", None)  # makes `from PIL import ...` an ImportError
+    (tmp_path / "a.png").write_bytes(b"x")
+    write_folder(tmp_path, [{"file_name": "a.png", "text": "a"}])
+    with pytest.raises(ImportError) as error:
+        data.load_image_folder(tmp_path)
+    assert 'pip install "unimod-mini[images]"' in str(error.value)
+    assert "pip install pillow" in str(error.value)
+
+
+# ---------------------------------------------------------------- errors name the file and the line
+
+def test_missing_folder_empty_folder_missing_metadata(tmp_path):
+    """Each is a FileNotFoundError that names the path."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "a.png").write_bytes(b"x")
+    for name, message in [("nowhere", "nowhere"), ("empty", "empty"),
+                          ("bare", r"bare.metadata\.jsonl")]:
+        with pytest.raises(FileNotFoundError, match=message):
+            data.load_image_folder(tmp_path / name)
+
+
+def test_metadata_without_lines(tmp_path):
+    """A metadata.jsonl of blank lines is an error that names it."""
+    with pytest.raises(ValueError, match=r"metadata\.jsonl"):
+        data.load_image_folder(write_folder(tmp_path, [b"", b" "]))
+
+
+@pytest.mark.parametrize("bad, message", [
+    (b"{'file_name': 'a.png'}", "not JSON"),
+    (b'{"file_name": "a.png", "text": "\xff"}', "not JSON"),
+    (b'["a.png", "text"]', '"file_name"'),
+    ({"text": "a"}, '"file_name"'),
+    ({"file_name": 3, "text": "a"}, '"file_name"'),
+    ({"file_name": "a.png"}, '"text"'),
+    ({"file_name": "a.png", "text": ""}, '"text"'),
+    ({"file_name": "a.png", "text": " \n"}, '"text"'),
+    ({"file_name": "a.png", "text": ["a"]}, '"text"'),
+    ({"file_name": "a.png", "text": None}, '"text"'),
+    ({"file_name": "../a.png", "text": "a"}, "../a.png"),
+    ({"file_name": "sub/../../a.png", "text": "a"}, "leads out"),
+    ({"file_name": "/etc/hostname", "text": "a"}, "leads out")])
+def test_bad_lines_name_file_and_line(tmp_path, bad, message):
+    """A line that cannot be used is a ValueError with the file, the line number and the reason."""
+    folder = write_folder(tmp_path / "set", [{"file_name": "a.png", "text": "fine"}, b"", bad])
+    (folder / "a.png").write_bytes(b"x")
+    (tmp_path / "a.png").write_bytes(b"x")  # what "../a.png" would reach
+    with pytest.raises(ValueError) as error:
+        data.read_metadata(folder)
+    assert f"{folder / 'metadata.jsonl'}, line 3: " in str(error.value)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["gone.png", "."])
+def test_missing_picture_names_file_and_line(tmp_path, name):
+    """A picture that is not there, or not a file, is a FileNotFoundError with its path and line."""
+    folder = write_folder(tmp_path, [{"file_name": name, "text": "a"}])
+    with pytest.raises(FileNotFoundError) as error:
+        data.read_metadata(folder)
+    assert str(folder / name) in str(error.value) and "line 1" in str(error.value)
+
+
+@pytest.mark.parametrize("damage", ["text", "empty", "truncated"])
+def test_unreadable_pictures_are_named(tmp_path, Image, damage):
+    """A file that is no picture, or only part of one, is a ValueError that names it."""
+    noise = torch.randint(256, (64 * 64 * 3,), generator=torch.Generator().manual_seed(0))
+    whole = io.BytesIO()
+    Image.frombytes("RGB", (64, 64), bytes(noise.tolist())).save(whole, "png")
+    content = {"text": b"hello", "empty": b"", "truncated": whole.getvalue()[:3000]}[damage]
+    (tmp_path / "bad.png").write_bytes(content)
+    write_folder(tmp_path, [{"file_name": "bad.png", "text": "a"}])
+    with pytest.raises(ValueError, match=r"bad\.png: cannot be read"):
+        data.load_image_folder(tmp_path)
+
+
+@settings(max_examples=60, deadline=None)
+@given(captions=st.lists(st.text(min_size=1).filter(str.strip), min_size=1, max_size=5),
+       ascii_only=st.booleans())
+@example(captions=["line\u2028separator", "a\nb", "\x85 next line", "\ufeffmark"], ascii_only=False)
+def test_captions_round_trip(tmp_path_factory, captions, ascii_only):
+    """Any text that json.dumps can write as one line comes back unchanged, escaped or not."""
+    folder = tmp_path_factory.mktemp("captions")
+    (folder / "a.png").write_bytes(b"x")
+    write_folder(folder, [json.dumps({"file_name": "a.png", "text": text},
+                                     ensure_ascii=ascii_only).encode() for text in captions])
+    assert [caption for _, caption in data.read_metadata(folder)] == captions
+
+
+# ---------------------------------------------------------------- emoji
+
+def entry(name, category="Objects", image=None, **flags):
+    """A line of emoji.json."""
+    image = image or name.lower().encode().hex() + ".png"
+    return {"name": name, "category": category, "image": image,
+            "has_img_google": True, "has_img_twitter": True, **flags}
+
+
+ENTRIES = [entry("FOG", "Travel & Places"), entry("OX", "Animals & Nature"),
+           entry("T-REX", "Animals & Nature"), entry("PEAR", "Food & Drink"),
+           entry("Åland Islands Flag", "Flags"), entry("KEYCAP 1", "Symbols"),
+           entry("AXE", has_img_twitter=False)]
+
+
+def fake_pack(style, into):
+    """A small .tgz laid out as the npm packages are, with files that must not be unpacked."""
+    files = {"package/emoji.json": json.dumps(ENTRIES).encode(), "../escape.png": b"no",
+             "package/img/google/sheets/64.png": b"no", "package/LICENSE": b"no"}
+    for line in ENTRIES:
+        files[f"package/img/{style}/64/{line['image']}"] = f"{style} {line['name']}".encode()
+    path = into / f"{style}.tgz"
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+@pytest.fixture
+def packs(tmp_path, monkeypatch):
+    """Replaces npm_pack by fake_pack; the list of the styles it was called with."""
+    calls = []
+    into = tmp_path / "packs"
+    into.mkdir()
+    monkeypatch.setattr(data, "npm_pack",
+                        lambda style, _: calls.append(style) or fake_pack(style, into))
+    return calls
+
+
+def contents(folder):
+    """{path inside the folder: bytes} of every file."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes()
+            for path in folder.rglob("*") if path.is_file()}
+
+
+def test_emoji_choice():
+    """Things come first, then shorter names; odd names and missing styles are left out."""
+    both = ("google", "twitter")
+    assert list(data.choose_emoji(ENTRIES, 4, both)) == ["ox", "pear", "t rex", "fog"]
+    assert list(data.choose_emoji(ENTRIES, 2, ("google",))) == ["ox", "axe"]
+    assert data.choose_emoji(ENTRIES[::-1], 4, both) == data.choose_emoji(ENTRIES, 4, both)
+    with pytest.raises(ValueError, match="4 emoji.*5"):
+        data.choose_emoji(ENTRIES, 5, both)
+
+
+def test_emoji_folder_is_complete(tmp_path, packs):
+    """Pictures, captions and credits are written, and nothing else from the archives."""
+    folder = tmp_path / "new" / "emoji"
+    assert data.fetch_emoji(folder, count=3) == 6
+    files = contents(folder)
+    assert set(files) == {"NOTICE", "metadata.jsonl", "google/ox.png", "google/pear.png",
+                          "google/t_rex.png", "twitter/ox.png", "twitter/pear.png",
+                          "twitter/t_rex.png"}
+    assert files["google/t_rex.png"] == b"google T-REX" and not (tmp_path / "escape.png").exists()
+    rows = data.read_metadata(folder)
+    assert [caption for _, caption in rows][:3] == [
+        "a google emoji of ox", "a twitter emoji of ox", "a google emoji of pear"]
+    assert rows[-1] == (folder / "twitter" / "t_rex.png", "a twitter emoji of t rex")
+    notice = files["NOTICE"].decode()
+    assert all(word in notice for word in ("Noto", "Apache-2.0", "Twemoji", "CC-BY 4.0", "MIT"))
+
+
+def test_emoji_captions_are_plain_words(tmp_path, packs):
+    """Captions hold lower-case ASCII letters and single spaces only."""
+    data.fetch_emoji(tmp_path / "emoji", count=4)
+    for _, caption in data.read_metadata(tmp_path / "emoji"):
+        assert all(word.isascii() and word.isalpha() and word.islower()
+                   for word in caption.split(" "))
+
+
+def test_same_call_twice_fetches_once(tmp_path, packs):
+    """The second call fetches nothing and changes no file."""
+    data.fetch_emoji(tmp_path / "emoji", count=2)
+    before = contents(tmp_path / "emoji")
+    assert data.fetch_emoji(tmp_path / "emoji", count=2) == 4
+    assert packs == ["google", "twitter"] and contents(tmp_path / "emoji") == before
+
+
+def test_call_cut_short_is_done_again(tmp_path, packs, monkeypatch):
+    """A call that dies before its last step leaves no metadata, and the next call completes it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(data.Path, "replace", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            data.fetch_emoji(tmp_path / "emoji", count=2)
+    assert set(contents(tmp_path / "emoji")) >= {"metadata.jsonl.tmp", "google/ox.png"}
+    assert not (tmp_path / "emoji" / "metadata.jsonl").exists()
+    assert data.fetch_emoji(tmp_path / "emoji", count=2) == 4
+    assert len(data.read_metadata(tmp_path / "emoji")) == 4
+
+
+@pytest.mark.parametrize("what", ["other count", "own data set", "own file"])
+def test_other_folders_are_left_alone(tmp_path, packs, what):
+    """A folder that holds anything else is refused before anything is fetched, and unchanged."""
+    folder = tmp_path / "mine"
+    if what == "other count":
+        data.fetch_emoji(folder, count=3)
+    else:
+        write_folder(folder, [{"file_name": "a.png", "text": "mine"}])
+        (folder / "a.png").write_bytes(b"x")
+    if what == "own file":
+        (folder / "metadata.jsonl").unlink()
+    before = contents(folder)
+    packs.clear()
+    with pytest.raises(FileExistsError, match="mine"):
+        data.fetch_emoji(folder, count=2)
+    assert packs == [] and contents(folder) == before
+
+
+@pytest.mark.parametrize("count, styles",
+                         [(0, ("google",)), (2, ()), (2, ("apple",)), (2, "google")])
+def test_bad_requests(tmp_path, packs, count, styles):
+    """A bad count or style is a ValueError before anything is fetched or written."""
+    with pytest.raises(ValueError, match="count"):
+        data.fetch_emoji(tmp_path / "emoji", count, styles)
+    assert packs == [] and not (tmp_path / "emoji").exists()
+
+
+def test_missing_npm_says_what_to_install(tmp_path, monkeypatch):
+    """Without npm nothing is written, and the error names Node.js."""
+    monkeypatch.setattr(data.shutil, "which", lambda name: None)
+    with pytest.raises(RuntimeError, match="npm is missing.*Node.js"):
+        data.fetch_emoji(tmp_path / "emoji")
+    assert not (tmp_path / "emoji").exists()
+
+
+def test_npm_is_called_with_pinned_packages(tmp_path, monkeypatch):
+    """npm packs one exact version into the given folder; a failing npm is an error."""
+    seen = []
+    monkeypatch.setattr(data.shutil, "which", lambda name: sys.executable)
+    monkeypatch.setattr(data.subprocess, "run", lambda command, **how: seen.append((command, how)))
+    path = data.npm_pack("google", tmp_path)
+    (command, how), = seen
+    assert command[1:3] == ["pack", "emoji-datasource-google@16.0.0"]
+    assert how["cwd"] == tmp_path and path == tmp_path / "emoji-datasource-google-16.0.0.tgz"
+    monkeypatch.undo()
+    monkeypatch.setattr(data.shutil, "which", lambda name: sys.executable)  # "python pack" fails
+    with pytest.raises(subprocess.CalledProcessError):
+        data.npm_pack("google", tmp_path)
+
+
+def test_command_line(tmp_path, packs, capsys):
+    """`emoji FOLDER --count N` says what it wrote and which command comes next."""
+    folder = tmp_path / "emoji"
+    data.main(["emoji", str(folder), "--count", "2"])
+    out = capsys.readouterr().out
+    assert "4 pictures of 2 emoji" in out and f"python train_toy.py --images {folder}" in out
+    with pytest.raises(SystemExit):
+        data.main(["photos", str(folder)])
+
+
+def test_written_emoji_load(tmp_path, packs, Image):
+    """What the emoji writer leaves behind is what load_image_folder reads."""
+    data.fetch_emoji(tmp_path / "emoji", count=2)
+    for path, _ in data.read_metadata(tmp_path / "emoji"):
+        Image.new("RGBA", (64, 64), (0, 0, 255, 255)).save(path)
+    images, captions = data.load_image_folder(tmp_path / "emoji", size=16)
+    assert images.shape == (4, 16, 16, 3) and len(captions) == 4
+    assert (images == torch.tensor(BLUE, dtype=torch.uint8)).all()

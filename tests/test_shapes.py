@@ -1,0 +1,405 @@
+"""unimod_mini.shapes: the toy world draws, reads, asks and judges exactly."""
+from collections import Counter
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from unimod_mini.shapes import (BACKGROUND, COLORS, DIALOGUE, MMU_CATEGORIES, NUMBERS, SHADES, SHAPES,
+                                T2I_CATEGORIES, Prompt, Thing, World, blind_answers)
+
+seeds = st.integers(0, 10**6)
+SINGULAR = {"rings": "ring", "discs": "disc", "crosses": "cross", "diamonds": "diamond", "squares": "square",
+            "bars": "bars"}
+READING_ORDER = {2: "top-left top-right bottom-left bottom-right".split(),
+                 3: "top-left top top-right left center right bottom-left bottom bottom-right".split()}
+ASKED = {"one_object": "s", "two_objects": "s", "counting": "cs", "colors": "cs", "place": "csp", "binding": "cs",
+         "scene": "csp"}        # what a caption fixes
+KIND = {"c": "color", "s": "shape", "p": "place"}
+
+
+@st.composite
+def worlds(draw, min_held_out=0, most=4):
+    n_colors, n_shapes = draw(st.integers(2, 8)), draw(st.integers(2, 6))
+    return World(side=draw(st.sampled_from([2, 3])), max_objects=draw(st.integers(1, most)), n_colors=n_colors,
+                 n_shapes=n_shapes, margin=draw(st.integers(0, 1)),
+                 n_held_out=draw(st.integers(min_held_out, min(n_colors, n_shapes) - 1)))
+
+
+def pixels(world, codes):
+    """codes (h, w) -> picture (2 h, 2 w, 3), by loops."""
+    h, w = codes.shape
+    picture = np.zeros((2 * h, 2 * w, 3), dtype=np.uint8)
+    for y in range(h):
+        for x in range(w):
+            picture[2 * y:2 * y + 2, 2 * x:2 * x + 2] = world.patches[codes[y, x]]
+    return picture
+
+
+def look(world, codes):
+    """What a picture shows, found by comparing pixels with the glyphs: a second, slow `read`."""
+    picture, things, size = pixels(world, codes), [], 2 * len(codes) // world.side
+    shades = {tuple(int(v * shade) for v in value): name for name, value in COLORS.items() for shade in SHADES}
+    cut = {",".join(row.rstrip(".") for row in art.split(",")): shape for shape, art in SHAPES.items()}
+    for number, place in enumerate(READING_ORDER[world.side]):
+        y, x = size * (number // world.side), size * (number % world.side)
+        cell = picture[y:y + size, x:x + size]
+        rows, columns = np.where((cell != BACKGROUND).any(-1))
+        if len(rows):
+            inside = cell[rows.min():rows.max() + 1, columns.min():columns.max() + 1]
+            color, = {tuple(int(v) for v in p) for p in inside.reshape(-1, 3)} - {BACKGROUND}    # one shade of one colour
+            glyph = ["".join(".#"[int((p != BACKGROUND).any())] for p in row).rstrip(".") for row in inside]
+            things.append(Thing(shades[color], cut[",".join(glyph)], place))
+    return things
+
+
+def right(prompt, things):
+    """Does the scene match the prompt? Compares the multisets of what the caption fixes: no permutations."""
+    fixed = ASKED[prompt.category]
+    project = lambda thing: tuple(v for v, letter in zip(thing, "csp") if letter in fixed)  # noqa: E731
+    return Counter(map(project, things)) == Counter(map(project, prompt.things))
+
+
+def answers(things, text):
+    """Every right answer to a question on a scene, read from its words alone. Ambiguous: more than one."""
+    words = text.removesuffix(" ?").split()
+    if text == "describe ?":
+        return [" and ".join(f"a {t.color} {t.shape} {t.place}" for t in things)]
+    if words[:3] == ["what", "color", "is"]:
+        about = [t for t in things if (t.shape == words[4] if words[3] == "the" else t.place == words[3])]
+        return [t.color for t in about]
+    if words[:3] == ["what", "shape", "is"]:
+        return [t.shape for t in things if t.place == words[3]]
+    if words[:3] == ["where", "is", "the"]:
+        return [t.place for t in things if f"{t.color} {t.shape}".endswith(" ".join(words[3:]))]
+    if words[:2] == ["how", "many"]:
+        return [NUMBERS[sum(words[2] == "objects" or t.shape == SINGULAR[words[2]] for t in things)]]
+    assert words[:3] == ["is", "there", "a"], text
+    return ["yes" if any(t.shape == words[3] for t in things) else "no"]
+
+
+# ------------------------------------------------------------------------------------------- drawing, reading
+
+@given(worlds(), seeds)
+def test_read_inverts_draw(world, seed):
+    """read(draw(scene)) == scene, and so says a second reader that looks at the pixels."""
+    rng = Random(seed)
+    scenes = [world.scene(rng) for _ in range(4)] + [[]]
+    codes = world.draw(scenes, rng)
+    assert codes.shape == (5, *world.grid) and codes.dtype == torch.long
+    assert world.read(codes) == scenes
+    assert [look(world, picture) for picture in codes] == scenes
+    assert all(1 <= len(scene) <= world.max_objects for scene in scenes[:-1])
+
+
+def test_full_board():
+    """Nine objects on nine places, each pair of the largest world."""
+    world = World(side=3, max_objects=9, n_colors=8, n_shapes=6)
+    everything = [Thing(c, s, None) for c, s in world.pairs]
+    for start in range(0, len(everything) - 8, 9):
+        scene = [t._replace(place=p) for t, p in zip(everything[start:], world.places)]
+        codes = world.draw([scene], Random(start))
+        assert world.read(codes) == [scene] and look(world, codes[0]) == scene
+
+
+def test_pictures_are_read_in_any_layout():
+    """Codes that are a strided view read the same."""
+    world = World()
+    _, codes = world.sample_t2i(7, Random(1))
+    strided = torch.stack((codes, codes), -1)[..., 1]
+    assert not strided.is_contiguous() and world.read(strided) == world.read(codes)
+
+
+@given(worlds(), seeds, st.data())
+def test_one_broken_patch_is_no_object(world, seed, data):
+    """Any one patch replaced by any other: the place shows no exact object and nothing fits."""
+    (prompt,), codes = world.sample_t2i(1, Random(seed))
+    y, x = (data.draw(st.integers(0, n - 1)) for n in world.grid)
+    other = data.draw(st.integers(0, len(world.patches) - 1).filter(lambda code: code != codes[0, y, x]))
+    codes[0, y, x] = other
+    assert world.read(codes) == [None] and not world.fits(prompt, None)
+
+
+def test_no_token_gives_a_shape_away():
+    """Rings and discs are the same patches arranged differently, and so are crosses and diamonds."""
+    world = World(n_held_out=0)
+    used = {pair: world.cells[1 + i].unique().tolist() for i, pair in enumerate(world.pairs)}
+    for color in world.colors:
+        assert used[color, "ring"] == used[color, "disc"] and used[color, "cross"] == used[color, "diamond"]
+        assert used[color, "ring"] != used[color, "cross"]
+    assert len(world.patches) == len(np.unique(world.patches.reshape(len(world.patches), -1), axis=0))
+    assert (world.patches[0] == BACKGROUND).all()
+
+
+@given(worlds(), seeds)
+def test_a_caption_has_several_drawings(world, seed):
+    """Every way to draw an object is used: `ways` pictures of one object, ways^2 of two, each read alike."""
+    rng = Random(seed)
+    for count in (1, 2)[:world.max_objects]:
+        scene = world.scene(rng, count=count)
+        codes = world.draw([scene] * 25 * len(world.ways)**count, rng).unique(dim=0)
+        assert len(codes) == len(world.ways)**count >= 2 and world.read(codes) == [scene] * len(codes)
+
+
+# ---------------------------------------------------------------------------------------------------- prompts
+
+@given(worlds(), seeds, st.booleans())
+def test_own_picture_fits(world, seed, held_out):
+    """The picture drawn for a prompt fits it; the caption says what `things` says."""
+    prompts, codes = world.sample_t2i(14, Random(seed), held_out=held_out and world.n_held_out > 0)
+    for prompt, things in zip(prompts, world.read(codes)):
+        assert world.fits(prompt, things) and right(prompt, things)
+        asked = [" ".join(["a", *filter(None, thing)]) for thing in prompt.things]
+        if prompt.category == "counting" and len(things) > 1:
+            number, color, plural = prompt.text.split()
+            assert NUMBERS.index(number) == len(things)
+            assert {(color, SINGULAR[plural])} == {t[:2] for t in things} == {t[:2] for t in prompt.things}
+        else:
+            assert prompt.text == " and ".join(asked)
+
+
+def mistakes(world, things, rng):
+    """(name, scene) of every kind of single mistake that this scene has room for."""
+    i = rng.randrange(len(things))
+    swap = lambda **change: things[:i] + [things[i]._replace(**change)] + things[i + 1:]  # noqa: E731
+    yield "color", swap(color=rng.choice([c for c in world.colors if c != things[i].color]))
+    yield "shape", swap(shape=rng.choice([s for s in world.shapes if s != things[i].shape]))
+    yield "missing", things[:i] + things[i + 1:]
+    free = [p for p in world.places if p not in {t.place for t in things}]
+    if free:
+        yield "extra", things + [Thing(*rng.choice(world.pairs), rng.choice(free))]
+        yield "place", swap(place=rng.choice(free))
+
+
+@given(worlds(), seeds)
+def test_a_picture_with_one_mistake(world, seed):
+    """A wrong colour, shape or place, an object too many or too few fits exactly when the caption leaves it open."""
+    rng = Random(seed)
+    for category in T2I_CATEGORIES:
+        prompt, scene = world.prompt(category, rng)
+        must_fail = {"missing", "extra", *(KIND[letter] for letter in ASKED[category])}
+        for name, wrong in mistakes(world, scene, rng):
+            wrong.sort(key=lambda t: world.places.index(t.place))
+            assert world.read(world.draw([wrong], rng)) == [wrong]
+            assert world.fits(prompt, wrong) == right(prompt, wrong) == (name not in must_fail), (prompt, wrong)
+
+
+def test_swapped_colours_do_not_fit():
+    """Binding: "a red ring and a blue disc" is not shown by a blue ring and a red disc, in any order."""
+    prompt = Prompt("a red ring and a blue disc", "binding", (Thing("red", "ring", None), Thing("blue", "disc", None)))
+    good = [Thing("blue", "disc", "top-left"), Thing("red", "ring", "top-right")]
+    bad = [Thing("red", "disc", "top-left"), Thing("blue", "ring", "top-right")]
+    assert World().fits(prompt, good) and World().fits(prompt, good[::-1])
+    assert not World().fits(prompt, bad) and not World().fits(prompt, bad[::-1])
+    assert not World().fits(prompt, []) and not World().fits(prompt, None)
+
+
+# -------------------------------------------------------------------------------------------------- questions
+
+@given(worlds(), seeds, st.booleans())
+def test_questions_have_exactly_one_right_answer(world, seed, held_out):
+    """Reading the question's words against the picture gives one answer: the one that came with it."""
+    questions, codes = world.sample_mmu(24, Random(seed), held_out=held_out and world.n_held_out > 0)
+    for question, picture in zip(questions, codes):
+        assert answers(look(world, picture), question.text) == [question.answer]
+
+
+def test_existence_on_a_crowded_board():
+    """In a world of two shapes a picture can leave no absent one to ask for; questions still come, and are right."""
+    world = World(max_objects=4, n_colors=2, n_shapes=2, n_held_out=0)
+    questions, codes = world.sample_mmu(300, Random(0), categories=("existence",))
+    for question, picture in zip(questions, codes):
+        assert answers(look(world, picture), question.text) == [question.answer]
+
+
+def test_existence_is_balanced_and_asks_every_shape():
+    """Half of the answers are yes, for every shape."""
+    world = World()
+    questions, _ = world.sample_mmu(4000, Random(5), categories=("existence",))
+    for shape in world.shapes:
+        replies = [q.answer == "yes" for q in questions if shape in q.text.split()]
+        assert 0.4 < sum(replies) / len(replies) < 0.6
+
+
+def test_place_is_asked_whenever_it_can_be():
+    """A place question becomes a caption only when every object of the picture has a twin."""
+    world = World(n_colors=2, n_shapes=2, n_held_out=0)
+    questions, codes = world.sample_mmu(400, Random(2), categories=("place",))
+    for question, things in zip(questions, world.read(codes)):
+        unique = 1 in Counter(t[:2] for t in things).values()
+        assert question.category == ("place" if unique else "caption")
+    assert {q.category for q in questions} == {"place", "caption"}
+
+
+def test_every_kind_of_question_is_asked():
+    """Colours by shape and by place, counts of one shape and of all, from zero up to max_objects."""
+    questions, _ = World().sample_mmu(1200, Random(0))
+    starts = {q.text.rsplit(" ", 2)[0] for q in questions}
+    assert {"what color is the", "what color is", "what shape is", "how many"} <= starts
+    assert {q.answer for q in questions if q.category == "count"} == {"zero", "one", "two", "three"}
+    assert {q.text for q in questions if q.category == "count"} == {
+        f"how many {w} ?" for w in ("rings", "discs", "crosses", "diamonds", "objects")}
+
+
+@given(worlds(), seeds, st.integers(1, 60))
+def test_dialogues(world, seed, budget):
+    """Several turns on one picture of the training world, all answered rightly, within the budget (but never none)."""
+    dialogues, codes = world.sample_dialogues(7, Random(seed), budget)
+    for i, (turns, picture) in enumerate(zip(dialogues, codes, strict=True)):
+        scene, sizes = look(world, picture), [len(f"{q.text} {q.answer}".split()) + 2 for q in turns]
+        assert all(answers(scene, q.text) == [q.answer] for q in turns)
+        assert 1 <= len(turns) <= len(DIALOGUE) and (sum(sizes) <= budget or len(turns) == 1)
+        wanted = [DIALOGUE[(i + j) % len(DIALOGUE)] for j in range(len(turns))]
+        assert all(q.category in (want, "caption" if want == "place" else want) for q, want in zip(turns, wanted))
+        assert all(t[:2] in world.seen for t in scene)
+
+
+def test_dialogues_fill_their_budget():
+    """A generous budget asks every question of the list, which has all categories, a mean one a single question."""
+    assert set(DIALOGUE) == set(MMU_CATEGORIES)
+    for budget, turns in ((200, len(DIALOGUE)), (1, 1)):
+        assert {len(d) for d in World().sample_dialogues(20, Random(0), budget)[0]} == {turns}
+
+
+# ---------------------------------------------------------------------------------------------------- samples
+
+@given(worlds(min_held_out=1), seeds)
+def test_held_out_pairs(world, seed):
+    """No training picture or caption shows a held-out pair, every held_out=True picture does, none hides a colour."""
+    held, rng = set(world.held_out), Random(seed)
+    for sample in (world.sample_t2i, world.sample_mmu):
+        texts, codes = sample(21, rng)
+        assert all(t[:2] not in held for things in world.read(codes) for t in things)
+        if sample == world.sample_t2i:
+            assert all(t[:2] not in held for prompt in texts for t in prompt.things)
+        _, codes = sample(21, rng, held_out=True)
+        assert all(any(t[:2] in held for t in things) for things in world.read(codes))
+    assert len(held) == world.n_held_out and held | set(world.seen) == set(world.pairs) and not held & set(world.seen)
+    assert {c for c, _ in world.seen} == set(world.colors) and {s for _, s in world.seen} == set(world.shapes)
+
+
+def test_asking_for_held_out_pairs_where_there_are_none():
+    """held_out=True in a world without held-out pairs is a ValueError that says so."""
+    for sample in (World(n_held_out=0).sample_t2i, World(n_held_out=0).sample_mmu):
+        with pytest.raises(ValueError, match="held"):
+            sample(1, Random(0), held_out=True)
+
+
+@given(worlds(), seeds)
+def test_vocabulary(world, seed):
+    """Every word of every caption, question and answer is in world.words, which has no double."""
+    rng, known = Random(seed), set(world.words)
+    prompts, _ = world.sample_t2i(14, rng)
+    questions, _ = world.sample_mmu(18, rng)
+    texts = [p.text for p in prompts] + [q.text for q in questions] + [q.answer for q in questions]
+    assert {word for text in texts for word in text.split()} <= known and len(known) == len(world.words)
+
+
+def test_no_idle_word():
+    """Every word that the default world lists is used by some text: an idle one is a row that never trains."""
+    world, used = World(), set()
+    prompts, _ = world.sample_t2i(1500, Random(0))
+    questions, _ = world.sample_mmu(1500, Random(0))
+    for text in [p.text for p in prompts] + [f"{q.text} {q.answer}" for q in questions]:
+        used |= set(text.split())
+    assert set(world.words) == used
+
+
+@given(worlds())
+def test_longest_text(world):
+    """longest_text is the length of "describe ?" and its answer on the fullest picture, and no text exceeds it."""
+    rng = Random(0)
+    full = world.question("caption", world.scene(rng, count=world.max_objects), rng)
+    assert max(7, len(f"{full.text} {full.answer}".split())) == world.longest_text  # 7: "what color is the ring ? red"
+    questions, _ = world.sample_mmu(60, rng)
+    assert all(len(f"{q.text} {q.answer}".split()) <= world.longest_text for q in questions)
+
+
+@given(worlds(), seeds)
+def test_determinism(world, seed):
+    """The generator's seed decides everything: texts, scenes and how they are drawn."""
+    for sample in (world.sample_t2i, world.sample_mmu):
+        (texts, codes), (again, same), (_, other) = (sample(24, Random(s)) for s in (seed, seed, seed + 1))
+        assert texts == again and torch.equal(codes, same) and not torch.equal(codes, other)
+
+
+def test_categories_come_in_turn():
+    """Sample i has category i modulo their number; a choice of categories is obeyed."""
+    world = World(n_colors=8, n_shapes=6)
+    assert [p.category for p in world.sample_t2i(15, Random(0))[0]] == list((T2I_CATEGORIES * 3)[:15])
+    asked = [q.category for q in world.sample_mmu(13, Random(0))[0]]
+    assert all(got in (want, "caption" if want == "place" else want) for got, want in zip(asked, MMU_CATEGORIES * 3))
+    assert [p.category for p in world.sample_t2i(3, Random(0), categories=("scene", "place"))[0]] == [
+        "scene", "place", "scene"]
+
+
+def test_counts_and_order_leak_nothing():
+    """Scenes have 1 to max_objects objects; "two_objects" has two; a caption without places lists them in any order."""
+    world, rng = World(), Random(3)
+    assert {len(world.prompt("scene", rng)[1]) for _ in range(100)} == {1, 2, 3}
+    assert {len(world.prompt("counting", rng)[1]) for _ in range(100)} == {2, 3}
+    assert {len(world.prompt(c, rng)[1]) for _ in range(50) for c in ("two_objects", "binding")} == {2}
+    assert {len(world.prompt(c, rng)[1]) for _ in range(50) for c in ("one_object", "colors", "place")} == {1}
+    drawn = [world.prompt("binding", rng) for _ in range(50)]
+    in_order = [[t[:2] for t in p.things] == [t[:2] for t in things] for p, things in drawn]
+    assert any(in_order) and not all(in_order)
+
+
+def test_single_object_worlds():
+    """max_objects=1: every category works and shows one object, counted and bound prompts included."""
+    world = World(max_objects=1)
+    prompts, codes = world.sample_t2i(70, Random(0))
+    assert all(len(things) == 1 and world.fits(p, things) for p, things in zip(prompts, world.read(codes)))
+    assert all(p.text.startswith("a ") and " and " not in p.text for p in prompts)
+    questions, codes = world.sample_mmu(60, Random(0))
+    assert all(answers(t, q.text) == [q.answer] for q, t in zip(questions, world.read(codes)))
+
+
+def test_nothing_to_sample():
+    """Zero samples are an empty list and a picture tensor with no rows."""
+    for sample in (World().sample_t2i, World().sample_mmu):
+        texts, codes = sample(0, Random(0))
+        assert texts == [] and codes.shape == (0, *World().grid)
+
+
+@pytest.mark.parametrize("wrong, word", [
+    (dict(side=1), "side"), (dict(side=4), "side"), (dict(max_objects=0), "max_objects"),
+    (dict(max_objects=5), "max_objects"), (dict(n_colors=1), "colours"), (dict(n_colors=9), "colours"),
+    (dict(n_shapes=1), "shapes"), (dict(n_shapes=7), "shapes"), (dict(n_held_out=-1), "n_held_out"),
+    (dict(n_held_out=4), "n_held_out"), (dict(n_colors=2, n_held_out=2), "n_held_out"),
+    (dict(margin=-1), "margin"), (dict(margin=2), "margin")])
+def test_impossible_worlds(wrong, word):
+    """A setting that leaves nothing to draw is a ValueError naming it; the nearest possible one is not."""
+    with pytest.raises(ValueError, match=word):
+        World(**wrong)
+    World(side=3, max_objects=9), World(n_colors=2, n_shapes=6, n_held_out=1), World(n_colors=8, n_held_out=3)
+
+
+# ------------------------------------------------------------------------------------------------ blind answers
+
+def test_blind_answers_know_only_the_text():
+    """One answer a question text, the same for the same seed; on new pictures it is right about as often as chance."""
+    world = World()
+    blind = blind_answers(world, n=3000)
+    assert blind == blind_answers(world, n=3000) != blind_answers(world, n=3000, seed=1)
+    questions, _ = world.sample_mmu(3000, Random(1))
+    hits = {c: [blind.get(q.text) == q.answer for q in questions if q.category == c] for c in MMU_CATEGORIES}
+    rate = {category: sum(hit) / len(hit) for category, hit in hits.items()}
+    assert rate["place"] < 0.32 and rate["color"] < 0.3 and rate["shape"] < 0.4 and rate["existence"] < 0.65
+    assert rate["caption"] < 0.05 and 0.33 < rate["count"] < 0.6
+
+
+def test_blind_answers_are_the_most_frequent():
+    """Where the text decides, blind is always right; on new pictures no other fixed answers do much better."""
+    sure = blind_answers(World(max_objects=1), n=600)
+    assert sure["how many objects ?"] == "one"
+    world, counts = World(), {}
+    blind = blind_answers(world, n=3000)
+    for question in world.sample_mmu(3000, Random(77), categories=("count", "existence"))[0]:
+        counts.setdefault(question.text, Counter())[question.answer] += 1
+    hits, best = (sum(f(c) for c in counts.items()) for f in (lambda c: c[1][blind.get(c[0])],
+                                                              lambda c: c[1].most_common(1)[0][1]))
+    assert best >= hits > 0.85 * best

@@ -1,0 +1,207 @@
+"""train_toy.py and what it stands on: flags, losses that fall, thresholds, checkpoints, evaluation, pictures."""
+import json
+from dataclasses import replace
+from random import Random
+
+import pytest
+import torch
+
+import train_toy as toy
+from unimod_mini import (METHODS, ModelConfig, Palette, Pictures, Plan, UnifiedTransformer, World, calibrate, count_flops,
+                         flops_ratio, generate_text, load_checkpoint, make_optimizers, plan_for_budget, predictor_report,
+                         save_checkpoint, train_step)
+from unimod_mini.evaluate import ask_and_judge, blind_accuracy, by_category, draw_and_judge, save_png, share, terminal
+from unimod_mini.objectives import IGNORE
+from unimod_mini.trainer import learning_rate, predicted_tokens
+
+BACKBONES = ("showo", "emu3")
+
+
+def setup(backbone, seed=0, **changes):
+    """A world, a tokenizer, a sampler and a small config for them."""
+    toy.seed_everything(seed)
+    world, tokenizer = toy.make_world(toy.parse(["--backbone", backbone]))
+    small = replace(toy.toy_config(backbone, tokenizer), n_layer=2, d_model=64, n_head=2, n_kv_head=2, d_ff=128, **changes)
+    return world, tokenizer, toy.Sampler(world, tokenizer, seed, 16, 16), small
+
+
+def label_entropy(labels):
+    """Cross-entropy in nats of a model that knows only how often each label occurs."""
+    share_of = torch.bincount(labels[labels != IGNORE]).float()
+    share_of = share_of[share_of > 0] / share_of.sum()
+    return -(share_of * share_of.log()).sum().item()
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_seconds_of_training_beat_the_label_frequencies(backbone, monkeypatch):
+    """Both losses fall below what label frequencies alone would reach, dense and then routed (a small world)."""
+    monkeypatch.setattr(toy, "World", lambda: World(max_objects=1, n_colors=2, n_shapes=2, n_held_out=0))
+    _, _, sampler, config = setup(backbone)
+    model = UnifiedTransformer(config)
+    for plan in (None, Plan({"t2i": (1, 0.5), "mmu": (1, 0.5)})):
+        model = model if plan is None else model.with_plan(plan)
+        optimizers = make_optimizers(model)
+        for step in range(60 if plan is None else 15):
+            losses = train_step(model, optimizers, sampler(), learning_rate(step, 60))
+        for task, batch in sampler(64, 64).items():
+            assert losses[task].item() < 0.95 * label_entropy(batch.labels), (task, plan)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_the_sampler_repeats_by_seed_and_differs_between_seeds(backbone):
+    """Same seed, same batches, to the last id; another seed, other batches."""
+    first, again, other = (setup(backbone, seed)[2]() for seed in (0, 0, 1))
+    for task in first:
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip(first[task], again[task]))
+        assert not torch.equal(first[task].ids, other[task].ids)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_the_toy_presets_are_the_toy_worlds(backbone):
+    """The toy presets are what train_toy.py trains, the maximum length apart."""
+    _, tokenizer = toy.make_world(toy.parse(["--backbone", backbone]))
+    preset = ModelConfig.preset(f"toy-{backbone}")
+    assert replace(toy.toy_config(backbone, tokenizer), max_length=preset.max_length) == preset
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_calibrated_thresholds_realise_the_trained_capacity(backbone):
+    """On the batches they were set on, causal routing keeps as many predicted tokens as top-k, up to half a group of
+    equal scores (the first layer sees equal tokens as equal)."""
+    _, _, sampler, config = setup(backbone)
+    model = UnifiedTransformer(config, Plan({"t2i": (0.5, 0.3), "mmu": (0.7, 1)}))
+    for router in model.routers:
+        for task_router in router.values():
+            torch.nn.init.normal_(task_router.score.weight)
+    batches = sampler(8, 8)
+    calibrate(model, batches)
+    for task, batch in batches.items():
+        asked = predicted_tokens(batch, task)
+        pairs = zip(*(model(**batch.inputs(), task=task, routing=rule).routing for rule in ("topk", "causal")))
+        for topk, causal in pairs:
+            if topk is not None:
+                ties = causal.predictor[asked].round(decimals=4).unique(return_counts=True)[1].max().item()
+                assert abs(int(topk.selected[asked].sum()) - int(causal.selected[asked].sum())) <= max(1, ties / 2)
+    report = predictor_report(model, batches)
+    assert abs(report["capacity_trained"] - report["capacity_realised"]) < 0.05
+    assert 0.5 <= report["base_rate"] <= 1 and 0 <= report["accuracy"] <= 1
+
+
+def test_learning_rate_warms_up_stays_and_falls():
+    """0 < rate <= 1, flat in the middle, close to zero at the end of a decaying phase."""
+    rates = [learning_rate(step, 100, warmup=10, decay=0.5) for step in range(100)]
+    assert rates[0] == 0.1 and set(rates[10:50]) == {1.0} and rates[-1] == pytest.approx(0.02)
+    assert all(a >= b for a, b in zip(rates[50:], rates[51:]))
+
+
+def test_a_checkpoint_comes_back_equal(tmp_path):
+    """Logits, plan and extra data survive a save and a load with weights_only; nothing but the file is left behind."""
+    _, tokenizer, sampler, config = setup("emu3")
+    model = UnifiedTransformer(config, Plan({"t2i": (1, 0.5), "mmu": (0.25, 0)}, shared_router=True))
+    save_checkpoint(tmp_path / "m.pt", model, note="kept")
+    back, extra = load_checkpoint(tmp_path / "m.pt")
+    batch = sampler()["mmu"]
+    assert torch.equal(back(**batch.inputs(), task="mmu").logits, model(**batch.inputs(), task="mmu").logits)
+    assert back.plan == model.plan and extra["note"] == "kept"
+    assert [path.name for path in tmp_path.iterdir()] == ["m.pt"]
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", "{}"])
+def test_a_foreign_checkpoint_is_refused_by_name(tmp_path, content):
+    """An empty, foreign or wrong file: ValueError with the file's name; a missing one: FileNotFoundError."""
+    path = tmp_path / "x.pt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save({}, path)
+    with pytest.raises(ValueError, match="x.pt is not a checkpoint"):
+        load_checkpoint(path)
+    with pytest.raises(FileNotFoundError):
+        load_checkpoint(tmp_path / "missing.pt")
+
+
+def test_the_command_line_is_frozen():
+    """The flags of train_toy.py, their order and their defaults."""
+    assert vars(toy.parse([])) == {"backbone": "emu3", "method": "unimod", "steps": None, "device": None, "seed": 0,
+                                   "images": None, "out": "out/toy"}
+    assert METHODS == ("unimod", "mod", "interleaved", "early_exit", "dense")
+    for bad in (["--backbone", "gpt"], ["--method", "moe"], ["--steps", "1"], ["--steps", "x"], ["--unknown"]):
+        with pytest.raises(SystemExit):
+            toy.parse(bad)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_a_plan_within_its_budget(method):
+    """unimod and mod meet the budget, the others keep their own; dense saves nothing."""
+    _, tokenizer, _, config = setup("emu3")
+    table = {"t2i": [0.3, 0.2], "mmu": [0.25, 0.2]}
+    lengths = {task: tokenizer.length(task) for task in table}
+    plan = plan_for_budget(method, table, config, lengths, 0.6)
+    ratio = flops_ratio(config, plan, lengths)
+    assert ratio == 1 if method == "dense" else ratio <= (0.6 if method in ("unimod", "mod") else 0.999)
+    with pytest.raises(ValueError, match="unknown method"):
+        plan_for_budget("moe", table, config, lengths, 0.6)
+
+
+def test_main_runs_end_to_end_and_writes_its_files(tmp_path, monkeypatch, capsys):
+    """Four steps of everything: the four files, the metrics' keys, and a checkpoint that answers."""
+    monkeypatch.setattr(toy, "EVAL_SCENES", 14)
+    metrics = toy.main(["--backbone", "showo", "--steps", "4", "--out", str(tmp_path), "--device", "cpu"])
+    written = json.loads((tmp_path / "metrics.json").read_text())
+    assert written == json.loads(json.dumps(metrics))
+    assert {"backbone", "method", "seed", "seconds", "parameters", "dense", "topk", "causal", "predictor"} <= set(written)
+    for name in ("dense", "topk", "causal"):
+        assert {"t2i_accuracy", "mmu_accuracy", "composition", "by_category", "train_flops", "step_ms"} <= set(written[name])
+    assert 1 - written["topk"]["train_flops"] / written["dense"]["train_flops"] >= 0.15
+    plan, (model, extra) = Plan.load(tmp_path / "plan.json"), load_checkpoint(tmp_path / "checkpoint.pt")
+    assert model.plan == plan
+    expected = sum(count_flops(model.config, plan, task, 37, "train").total for task in ("t2i", "mmu"))
+    assert written["topk"]["train_flops"] == expected
+    world, tokenizer = toy.make_world(toy.parse(["--backbone", "showo"]))
+    assert extra["tokenizer"]["words"] == tokenizer.text.words
+    images = tokenizer.image.decode(world.sample_mmu(1, Random(0))[1])
+    assert isinstance(generate_text(model, tokenizer, images[0], "describe ?"), str)
+    assert "top-k (non-causal)" in capsys.readouterr().out
+
+
+def test_judges_say_right_for_right_and_wrong_for_wrong(monkeypatch):
+    """With true pictures and answers both judges give 1, with another scene's they give less."""
+    world, tokenizer, _, _ = setup("emu3")
+    prompts, codes = world.sample_t2i(28, Random(0))
+    questions, seen = world.sample_mmu(24, Random(0))
+    import unimod_mini.evaluate as evaluate
+    for shift, check in ((0, lambda x: x == 1), (5, lambda x: x < 0.6)):
+        pictures = tokenizer.image.decode(codes.roll(shift, 0))
+        answers = [questions[i - shift].answer for i in range(24)]
+        monkeypatch.setattr(evaluate, "generate_image", lambda *a, **k: pictures)
+        monkeypatch.setattr(evaluate, "generate_text", lambda *a, **k: answers)
+        assert check(share(draw_and_judge(None, tokenizer, world, prompts)))
+        assert check(share(ask_and_judge(None, tokenizer, questions, seen)))
+    assert by_category([("a", True), ("a", False), ("b", True)]) == {"a": 0.5, "b": 1.0}
+
+
+def test_blind_answers_are_far_from_enough():
+    """Without the picture nobody gets near the promised accuracy."""
+    assert 0.1 < blind_accuracy(World(), 504, 0) < 0.5
+
+
+def test_pictures_behave_like_a_world():
+    """Their own pictures fit their prompts, another's do not; questions carry the caption."""
+    images = torch.randint(0, 255, (6, 8, 8, 3), dtype=torch.uint8)
+    world = Pictures(images, [f"a b{i}" for i in range(6)], n_codes=24, patch=4)
+    prompts, codes = world.sample_t2i(12, Random(0))
+    read = world.read(codes)
+    assert all(world.fits(p, things) for p, things in zip(prompts, read))
+    assert not any(world.fits(p, [f"{p.text}x"]) for p in prompts)
+    assert [[q.answer for q in turns] for turns in world.sample_dialogues(12, Random(0), 9)[0]] == [[p.text] for p in prompts]
+    assert world.grid == (2, 2) and world.longest_text == 4 and {"b0", "describe", "?"} <= set(world.words)
+
+
+def test_terminal_and_png_show_every_picture(tmp_path, monkeypatch):
+    """A line for two pixel rows, a cell for each pixel; without pillow the pip line is named and nothing is written."""
+    images = Palette(World().patches).decode(World().sample_t2i(3, Random(0))[1])
+    lines = terminal(images).split("\n")
+    assert len(lines) == 4 and all(line.count("▀") == 3 * (8 + 1) for line in lines)
+    monkeypatch.setitem(__import__("sys").modules, "PIL", None)
+    assert "pip install" in save_png(images, ["a"] * 3, tmp_path / "s.png") and not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    pytest.importorskip("PIL")
+    save_png(images, ["a"] * 3, tmp_path / "s.png")
+    assert (tmp_path / "s.png").stat().st_size > 0

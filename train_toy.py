@@ -1,0 +1,232 @@
+"""UniMoD in one sitting, on a laptop: dense training -> layer switch -> UniMoD, side by side with dense.
+
+    python train_toy.py                          # the toy world, Emu3 style
+    python train_toy.py --backbone showo         # masked-diffusion images
+    python train_toy.py --images FOLDER          # your own pictures (metadata.jsonl with captions)
+
+Reads top to bottom: what is trained, the dense phase, ARank and the plan, the second phase twice (the method and
+dense), the evaluation by exact checkers, and what is written to --out.
+"""
+
+import argparse
+import json
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import torch
+from tqdm import tqdm
+
+from unimod_mini import (METHODS, ModelConfig, Palette, Pictures, Plan, Tokenizer, UnifiedTransformer, World, WordText,
+                         arank_table, calibrate, count_flops, generate_image, generate_text, load_image_folder,
+                         make_optimizers, plan_for_budget, predictor_report, save_checkpoint, train_step)
+from unimod_mini.evaluate import blind_accuracy, evaluate, save_png, terminal
+from unimod_mini.objectives import drop_prompts, mask_image_tokens
+from unimod_mini.trainer import find_device, learning_rate, precision, seed_everything
+
+# --------------------------------------------------------------------------------------------------------------
+# Settings: what each backbone needs. Budget: training FLOPs of the plan over those of dense.
+# --------------------------------------------------------------------------------------------------------------
+
+SETTINGS = {
+    "emu3": dict(steps=1200, t2i=26, mmu=38, budget=0.60, temperature=0.7, guidance=1.0, draw_steps=1),
+    "showo": dict(steps=1900, t2i=40, mmu=24, budget=0.85, temperature=1.0, guidance=1.0, draw_steps=16),
+}
+PROMISED = {"t2i": 0.90, "mmu": 0.95}
+EVAL_SCENES = 504                  # of each task, from seeds that training never uses
+
+
+def parse(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--backbone", choices=("showo", "emu3"), default="emu3")
+    parser.add_argument("--method", choices=METHODS, default="unimod")
+    parser.add_argument("--steps", type=int, help="steps of the dense phase; the second phase takes half as many")
+    parser.add_argument("--device", help="cuda, mps or cpu; found by itself when not given")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--images", help="a folder of pictures with metadata.jsonl instead of the toy world")
+    parser.add_argument("--out", default="out/toy", help="where metrics, plan, checkpoint and samples are written")
+    args = parser.parse_args(argv)
+    if args.steps is not None and args.steps < 2:
+        parser.error(f"--steps must be at least 2, got {args.steps}")
+    return args
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Data
+# --------------------------------------------------------------------------------------------------------------
+
+def make_world(args):
+    """The toy world, or the pictures of --images behind the same interface; and the tokenizer that fits it."""
+    world = Pictures(*load_image_folder(args.images)) if args.images else World()
+    text = WordText([*world.words, "USER:", "ASSISTANT:", "{}*{}".format(*world.grid)])
+    length = world.longest_text + (2 if args.backbone == "showo" else 1)     # with sot, eot or EOS
+    return world, Tokenizer(args.backbone, text, Palette(world.patches), world.grid, length, "USER:", "ASSISTANT:")
+
+
+def toy_config(backbone: str, tokenizer: Tokenizer) -> ModelConfig:
+    """The toy preset with the sizes that follow from the tokenizer."""
+    longest = max(map(tokenizer.length, ("t2i", "mmu"))) + tokenizer.text_length
+    return replace(ModelConfig.preset(f"toy-{backbone}"), vocab_size=tokenizer.vocab_size, max_length=longest,
+                   image_start=tokenizer.image_start, image_positions=tokenizer.n_image)
+
+
+class Sampler:
+    """Endless training batches, {task: Batch}, from one seed."""
+
+    def __init__(self, world, tokenizer, seed: int, n_t2i: int, n_mmu: int):
+        self.world, self.tokenizer, self.n_t2i, self.n_mmu = world, tokenizer, n_t2i, n_mmu
+        self.rng, self.generator = Random(f"train {seed}"), torch.Generator().manual_seed(seed)
+
+    def __call__(self, n_t2i: int | None = None, n_mmu: int | None = None) -> dict:
+        prompts, drawn = self.world.sample_t2i(n_t2i or self.n_t2i, self.rng)
+        dialogues, seen = self.world.sample_dialogues(n_mmu or self.n_mmu, self.rng, self.tokenizer.text_length)
+        t2i = self.tokenizer.t2i(drop_prompts([p.text for p in prompts], 0.1, self.rng), drawn)
+        if self.tokenizer.backbone == "showo":
+            t2i = mask_image_tokens(t2i, self.tokenizer, self.generator)
+        asked, answered = ([[turn[i] for turn in turns] for turns in dialogues] for i in (0, 2))  # Question fields
+        return {"t2i": t2i, "mmu": self.tokenizer.mmu(asked, answered, seen)}
+
+
+# --------------------------------------------------------------------------------------------------------------
+# One phase of training
+# --------------------------------------------------------------------------------------------------------------
+
+def train(model, sampler, steps: int, decay: float, device, label: str) -> float:
+    """Train for `steps`; the rate falls to 0 over the last `decay` of them. Returns the median milliseconds a step."""
+    optimizers, times, means = make_optimizers(model), [], {}
+    model.train()
+    bar = tqdm(range(steps), desc=f"{label:<8}", unit="step", mininterval=1.0)
+    for step in bar:
+        batches = {task: batch.to(device) for task, batch in sampler().items()}
+        start = time.perf_counter()
+        with precision(device):
+            losses = train_step(model, optimizers, batches, learning_rate(step, steps, decay=decay))
+        if step % 10 == 9 or step == steps - 1:            # reading a loss waits for the device
+            means = {task: f"{loss.item():.3f}" for task, loss in losses.items()}
+            bar.set_postfix(means, refresh=False)
+        times.append(time.perf_counter() - start)
+    return 1000 * sorted(times)[len(times) // 2]
+
+
+def step_flops(config, plan, tokenizer) -> int:
+    """Training FLOPs of one sample of each task."""
+    return sum(count_flops(config, plan, task, tokenizer.length(task), "train").total for task in ("t2i", "mmu"))
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The run
+# --------------------------------------------------------------------------------------------------------------
+
+def main(argv=None) -> dict:
+    args, began = parse(argv), time.perf_counter()
+    setting, device = SETTINGS[args.backbone], find_device(args.device)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    seed_everything(args.seed)
+    world, tokenizer = make_world(args)
+    config = toy_config(args.backbone, tokenizer)
+    dense = UnifiedTransformer(config).to(device)
+    steps = args.steps or setting["steps"]
+    more = max(1, steps // 2)
+    sampler = Sampler(world, tokenizer, args.seed, setting["t2i"], setting["mmu"])
+
+    print(f"config   {config}\ndevice   {device}, seed {args.seed}, {torch.get_num_threads()} threads, "
+          f"bf16 {'on' if precision(device)._enabled else 'off'}")
+    print(f"model    {sum(p.numel() for p in dense.parameters()):,} parameters, vocabulary of {config.vocab_size}")
+    example = sampler(1, 1)
+    for task, batch in example.items():
+        print(f"{task:<8} {batch.ids.shape[1]} tokens: {' '.join(tokenizer.name(i) for i in batch.ids[0].tolist())}")
+
+    print(f"\n1. dense training, {steps} steps of {setting['t2i']} t2i + {setting['mmu']} mmu sequences")
+    dense_ms = train(dense, sampler, steps, 0.0, device, "dense")
+
+    print("\n2. layer switch: ARank over length on 20 t2i prompts and 50 mmu samples")
+    samples = {task: batch.to(device) for task, batch in sampler(20, 50).items()}
+    table = arank_table(dense, samples)
+    plan = plan_for_budget(args.method, table, config, {task: tokenizer.length(task) for task in table}, setting["budget"])
+    print("layer  " + "".join(f"{task:>8}" for task in table))
+    for layer, row in enumerate(zip(*table.values())):
+        print(f"{layer:>5}  " + "".join(f"{rank:>8.3f}" for rank in row))
+    flops = {"dense": step_flops(config, None, tokenizer), "routed": step_flops(config, plan, tokenizer)}
+    saved = 1 - flops["routed"] / flops["dense"]
+    print(f"\nplan ({args.method}), {saved:.1%} of the training FLOPs saved (full n x n attention)\n{plan}")
+    plan.save(out / "plan.json")
+
+    print(f"\n3. {more} more steps: {args.method}, and dense for comparison, from the same weights and data")
+    routed, state = dense.with_plan(plan), sampler.rng.getstate()
+    noise = sampler.generator.get_state()
+    routed_ms = train(routed, sampler, more, 0.7, device, args.method)
+    sampler.rng.setstate(state), sampler.generator.set_state(noise)
+    dense_ms = train(dense, sampler, more, 0.7, device, "dense")
+
+    print(f"\n4. evaluation: {EVAL_SCENES} unseen scenes of each task, one sample each, free-running")
+    calibrate(routed, {task: batch.to(device) for task, batch in sampler(128, 128).items()})
+    held_out = {task: batch.to(device) for task, batch in sampler(128, 128).items()}
+    drawing, results = {key: setting[key] for key in ("temperature", "guidance")} | {"steps": setting["draw_steps"]}, {}
+    for name, model, routing in (("dense", dense, "causal"), ("topk", routed, "topk"), ("causal", routed, "causal")):
+        with precision(device):
+            results[name] = evaluate(model, tokenizer, world, routing, EVAL_SCENES, args.seed, drawing, name)
+        results[name] |= {"train_flops": flops["dense" if name == "dense" else "routed"],
+                          "step_ms": round(dense_ms if name == "dense" else routed_ms, 1)}
+    metrics = {"backbone": args.backbone, "method": args.method, "seed": args.seed,
+               "seconds": round(time.perf_counter() - began, 1), "parameters": sum(p.numel() for p in routed.parameters()),
+               **results, "predictor": predictor_report(routed, held_out),
+               "blind_mmu_accuracy": blind_accuracy(world, EVAL_SCENES, args.seed),
+               "saved": {"routed_phase": round(saved, 4), "whole_run": round(saved * more / (steps + more), 4)}}
+    report(metrics, plan, args.backbone)
+    with precision(device):
+        write_results(out, metrics, routed, tokenizer, world, drawing)
+    return metrics
+
+
+# --------------------------------------------------------------------------------------------------------------
+# What is shown and written
+# --------------------------------------------------------------------------------------------------------------
+
+def report(metrics: dict, plan: Plan, backbone: str) -> None:
+    """The closing table; top-k looks at the whole sequence, so its row is labelled non-causal."""
+    print(f"\n{'model':<26}{'t2i':>8}{'mmu':>8}{'composed':>10}{'GFLOP':>8}{'ms/step':>9}{'kept t2i':>10}{'kept mmu':>10}")
+    names = {"dense": "dense", "topk": f"{metrics['method']}, top-k (non-causal)", "causal": f"{metrics['method']}, causal"}
+    for key, name in names.items():
+        row = metrics[key]
+        kept = [1.0 if key == "dense" else sum(plan.keep[task]) / plan.n_layer for task in ("t2i", "mmu")]
+        composed = "n/a" if row["composition"] is None else f"{row['composition']:.1%}"
+        print(f"{name:<26}{row['t2i_accuracy']:>8.1%}{row['mmu_accuracy']:>8.1%}{composed:>10}"
+              f"{row['train_flops'] / 1e9:>8.3f}{row['step_ms']:>9.0f}{kept[0]:>10.1%}{kept[1]:>10.1%}")
+    print(f"{'blind (no picture)':<26}{'':>8}{metrics['blind_mmu_accuracy']:>8.1%}")
+    worst = {key: min((v, f"{task} {name}") for task in ("t2i", "mmu")
+                      for name, v in metrics[key]["by_category"][task].items()) for key in names}
+    print("worst category: " + ", ".join(f"{key} {name} {value:.1%}" for key, (value, name) in worst.items()))
+    print("GFLOP: training FLOPs of one sample of each task, full n x n attention. Saved: {routed_phase:.1%} in the "
+          "routed phase, {whole_run:.1%} over both phases.".format(**metrics["saved"]))
+    print("predictor: " + ", ".join(f"{name} {value:.3f}" for name, value in metrics["predictor"].items()))
+    print(f"promised: t2i {PROMISED['t2i']:.0%}, mmu {PROMISED['mmu']:.0%}, {1 - SETTINGS[backbone]['budget']:.0%} saved "
+          f"(toy world, default steps). This run took {metrics['seconds'] / 60:.1f} minutes.")
+
+
+def write_results(out: Path, metrics: dict, model, tokenizer, world, drawing: dict) -> None:
+    """Answers and pictures to look at; metrics.json, checkpoint.pt and samples.png."""
+    rng = Random("show")
+    questions, codes = world.sample_mmu(6, rng)
+    images = tokenizer.image.decode(codes)
+    print("\n" + terminal(images))
+    for number, (question, answer) in enumerate(zip(questions, generate_text(
+            model, tokenizer, images, [q.text for q in questions])), start=1):
+        print(f"picture {number}: {question.text} {answer}" + ("" if answer == question.answer else f"  (right: {question.answer})"))
+    prompts = [prompt.text for prompt in world.sample_t2i(7, rng)[0]]
+    drawn = generate_image(model, tokenizer, prompts, **drawing)
+    print("\n" + terminal(drawn) + "\n" + "\n".join(f"drawn {i}: {text}" for i, text in enumerate(prompts, start=1)))
+    print("\n" + save_png(drawn, prompts, out / "samples.png", scale=max(1, 96 // drawn.shape[1])))
+    with open(out / "metrics.json.tmp", "w") as file:
+        json.dump(metrics, file, indent=1)
+    os.replace(out / "metrics.json.tmp", out / "metrics.json")
+    save_checkpoint(out / "checkpoint.pt", model, tokenizer={
+        "backbone": tokenizer.backbone, "words": tokenizer.text.words, "patches": tokenizer.image.patches,
+        "grid": list(tokenizer.grid), "text_length": tokenizer.text_length})
+    print(f"{out}/metrics.json, {out}/plan.json, {out}/checkpoint.pt written")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,15 @@
+"""unimod_mini: task-aware Mixture-of-Depths for unified multimodal transformers, small enough to read."""
+
+from .data import Pictures, load_image_folder
+from .flops import count_flops, flops_ratio
+from .generate import generate_image, generate_text
+from .layer_switch import METHODS, arank_table, layer_switch, plan_for_budget, plan_from_arank
+from .routers import Plan
+from .shapes import World
+from .tokenizer import Batch, ByteText, Palette, Tokenizer, WordText
+from .trainer import (calibrate, load_checkpoint, make_optimizers, predictor_report, save_checkpoint, seed_everything,
+                      train_step)
+from .transformer import ModelConfig, UnifiedTransformer
+from .vq import VQ, fit_vq
+
+__version__ = "0.1.0"

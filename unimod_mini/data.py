@@ -1,0 +1,214 @@
+"""Real pictures with captions, for `train_toy.py --images FOLDER`.
+
+A data set is a folder of pictures and a `metadata.jsonl`, one JSON object a line (the Hugging Face
+imagefolder convention; other keys are ignored): {"file_name": "a/1.jpg", "text": "a sleeping cat"}.
+`fetch_emoji` makes one of public emoji art: `python -m unimod_mini.data emoji FOLDER`.
+"""
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from .shapes import Prompt, Question
+from .tokenizer import Palette
+
+METADATA, VERSION = "metadata.jsonl", "16.0.0"  # VERSION of the emoji packages: the same for all
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # at most 8 bits a channel
+CATEGORIES = ("Animals & Nature", "Food & Drink", "Objects")  # emoji of things, chosen first
+CREDITS = {"google": "Noto Emoji, Google LLC, Apache-2.0, https://apache.org/licenses/LICENSE-2.0",
+           "twitter": "Twemoji (Twitter), CC-BY 4.0, https://creativecommons.org/licenses/by/4.0",
+           "names": "emoji-datasource (emoji.json), (c) 2013 Cal Henderson, MIT"}
+
+
+def load_image_folder(folder, size=32, limit=None):
+    """The first `limit` pictures (None: all) in the order of metadata.jsonl, and their captions.
+
+    Returns N pictures (N, S, S, 3) torch.uint8, S = size, and N strings; an error names its file.
+    """
+    rows = read_metadata(folder, limit)
+    images = torch.empty(len(rows), size, size, 3, dtype=torch.uint8)  # (N, S, S, 3)
+    for index, (path, _) in enumerate(tqdm(rows, "pictures", disable=len(rows) <= 300)):
+        images[index] = read_image(path, size)
+    return images, [caption for _, caption in rows]
+
+
+class Pictures:
+    """Captioned pictures behind the interface of shapes.World: draw the caption, or describe the picture.
+
+    A drawn picture is right when the nearest training picture (pixels, L2) carries its caption. One picture a
+    caption: this measures what was memorised, there is no held-out split. patches: a k-means palette.
+    """
+    held_out = ()
+
+    def __init__(self, images, captions, n_codes=256, patch=4):
+        self.captions, palette = captions, Palette.fit(images, n_codes, patch)
+        self.patches, self.codes = palette.patches, palette.encode(images)
+        self.drawn = palette.decode(self.codes)  # the pictures as the palette can show them
+        self.grid = tuple(self.codes.shape[1:])
+        self.words = list(dict.fromkeys("describe ? ".split() + " ".join(captions).split()))
+        self.longest_text = 2 + max(len(caption.split()) for caption in captions)
+
+    def sample_t2i(self, n, rng, held_out=False):
+        """n prompts and their pictures: (list of Prompt, codes (n, h, w))."""
+        index = [rng.randrange(len(self.captions)) for _ in range(n)]
+        return [Prompt(self.captions[i], "caption", (self.captions[i],)) for i in index], self.codes[index]
+
+    def sample_mmu(self, n, rng, held_out=False):
+        """n times "describe ?", the answers, and the pictures: (list of Question, codes (n, h, w))."""
+        prompts, codes = self.sample_t2i(n, rng)
+        return [Question("describe ?", "caption", prompt.text) for prompt in prompts], codes
+
+    def sample_dialogues(self, n, rng, budget):
+        """The same, as dialogues of one question."""
+        questions, codes = self.sample_mmu(n, rng)
+        return [[question] for question in questions], codes
+
+    def read(self, codes):
+        """Codes (B, h, w) -> for every picture the caption of the nearest training picture, in a list."""
+        patches = self.patches.float()
+        ours = patches[codes].flatten(1)
+        return [[self.captions[i]] for i in torch.cdist(ours, patches[self.codes].flatten(1)).argmin(1)]
+
+    def fits(self, prompt, things):
+        return list(prompt.things) == things
+
+
+def read_metadata(folder, limit=None):
+    """[(path, caption)] of the first `limit` lines; later lines are not looked at.
+
+    Raises FileNotFoundError (no folder, metadata or picture) or ValueError (a bad line).
+    """
+    metadata = Path(folder) / METADATA
+    if not Path(folder).is_dir() or not any(Path(folder).iterdir()):
+        raise FileNotFoundError(f"{folder}: the folder is missing or empty")
+    if not metadata.is_file():
+        raise FileNotFoundError(f'{metadata} is missing; a line: {{"file_name": .., "text": ..}}')
+    # Bytes are split, not text: a caption may hold U+2028, where str.splitlines would cut.
+    lines = enumerate(metadata.read_bytes().split(b"\n"), start=1)
+    lines = [(number, line) for number, line in lines if line.strip()][:limit]
+    if not lines:
+        raise ValueError(f"{metadata} has no lines (limit {limit})")
+    return [_parse_line(line, Path(folder), f"{metadata}, line {n}") for n, line in lines]
+
+
+def _parse_line(line, folder, where):
+    """A line of metadata.jsonl (bytes) as (path, caption); `where` begins every error."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise ValueError(f"{where}: not JSON ({error})") from error
+    for key in ("file_name", "text"):
+        value = row.get(key) if isinstance(row, dict) else None
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(f'{where}: needs the key "{key}" with a text, not {value!r}')
+    name = Path(row["file_name"])
+    if name.anchor or ".." in name.parts:  # "/etc/x.png", "C:x.png", "../x.png"
+        raise ValueError(f"{where}: {row['file_name']!r} leads out of the folder")
+    if not (folder / name).is_file():
+        raise FileNotFoundError(f"{where}: {folder / name} does not exist")
+    return folder / name, row["text"]
+
+
+def read_image(path, size):
+    """A picture fitted on white, (S, S, 3) torch.uint8; ValueError, naming it, if unreadable."""
+    try:
+        from PIL import Image, ImageOps  # here, because nothing else needs Pillow
+    except ImportError:
+        raise ImportError('needs Pillow: pip install "unimod-mini[images]" or pip install pillow')
+    try:
+        with Image.open(path) as file:
+            if file.mode not in MODES:  # 16-bit values would be clipped to white without a word
+                raise ValueError(f"mode {file.mode}; save it with 8 bits a channel, as RGB")
+            picture = ImageOps.exif_transpose(file).convert("RGBA")  # upright, as a viewer shows it
+    except Exception as error:  # Pillow raises OSError, SyntaxError, DecompressionBombError ...
+        raise ValueError(f"{path}: cannot be read as a picture ({error})") from error
+    # White goes under first: the resize must not blend in the colours of transparent pixels.
+    opaque = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    # 64x32 at size 32: the longer side becomes 32, so 32x16, with 8 white rows above and below.
+    width, height = (max(1, round(side * size / max(picture.size))) for side in picture.size)
+    small = opaque.resize((width, height), Image.Resampling.BICUBIC)  # antialiased
+    square = Image.new("RGB", (size, size), "white")
+    square.paste(small, ((size - width) // 2, (size - height) // 2))
+    return torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).view(size, size, 3)
+
+
+def fetch_emoji(folder, count=200, styles=("google", "twitter")):
+    """Fill `folder` with `count` emoji in each style, unless it was done; returns how many files.
+
+    Raises ValueError, RuntimeError (npm missing), CalledProcessError (npm failed), FileExistsError.
+    """
+    folder, ours = Path(folder), {"NOTICE", METADATA + ".tmp", *styles}  # from a call cut short
+    if count < 1 or not styles or not set(styles) <= {"google", "twitter"}:
+        raise ValueError(f"count >= 1 and styles google, twitter, not {count} and {styles}")
+    starts = [f"a {style}" for style in styles] * count
+    if (folder / METADATA).exists():
+        if [text.split(" emoji of ")[0] for _, text in read_metadata(folder)] == starts:
+            return len(starts)
+    elif {path.name for path in folder.glob("*")} <= ours:
+        with tempfile.TemporaryDirectory() as scratch:  # 62 and 74 MB, not kept
+            write_emoji(folder, {style: npm_pack(style, scratch) for style in styles}, count)
+        return len(starts)
+    raise FileExistsError(f"{folder} holds other things: choose a new or an empty folder")
+
+
+def npm_pack(style, into):
+    """Fetch the npm package of a style into the folder `into`; returns the path of the .tgz."""
+    package, npm = f"emoji-datasource-{style}", shutil.which("npm")
+    if npm is None:
+        raise RuntimeError("npm is missing (it only fetches): install Node.js, https://nodejs.org")
+    subprocess.run([npm, "pack", f"{package}@{VERSION}", "--loglevel=error"], cwd=into, check=True)
+    return Path(into) / f"{package}-{VERSION}.tgz"
+
+
+def write_emoji(folder, archives, count):
+    """Write `count` emoji of each style of `archives`, {style: .tgz}; the metadata comes last."""
+    rows, parts = [], {}
+    for style, tgz in archives.items():
+        with tarfile.open(tgz) as archive:  # {name in the archive: bytes}, of what we use alone
+            parts[style] = {part.name: archive.extractfile(part).read() for part in archive if
+                            re.match(f"package/(emoji.json|img/{style}/64/.+)$", part.name)}
+        (folder / style).mkdir(parents=True, exist_ok=True)
+    entries = json.loads(parts[style]["package/emoji.json"])  # the same in each package
+    for name, image in choose_emoji(entries, count, archives).items():
+        for style in archives:
+            file_name = f"{style}/{name.replace(' ', '_')}.png"
+            (folder / file_name).write_bytes(parts[style][f"package/img/{style}/64/{image}"])
+            rows.append({"file_name": file_name, "text": f"a {style} emoji of {name}"})
+    (folder / "NOTICE").write_text("".join(f"{k}: {CREDITS[k]}\n" for k in (*archives, "names")))
+    (folder / f"{METADATA}.tmp").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / f"{METADATA}.tmp").replace(folder / METADATA)  # a folder with metadata is complete
+
+
+def choose_emoji(entries, count, styles):
+    """{name: image} of `count` entries of emoji.json, in lower-case words ("T-REX": "t rex")."""
+    ranked = {}  # things first, then the shortest names; no digits, no accents, no missing style
+    for entry in entries:
+        name = entry["name"].lower().replace("-", " ")
+        if re.fullmatch("[a-z ]+", name) and all(entry[f"has_img_{style}"] for style in styles):
+            ranked[entry["category"] not in CATEGORIES, len(name), name] = entry["image"]
+    if count > len(ranked):
+        raise ValueError(f"there are {len(ranked)} emoji with plain names, not {count}")
+    return {rank[-1]: ranked[rank] for rank in sorted(ranked)[:count]}
+
+
+def main(argv=None):
+    """Fetch a folder of captioned emoji that `train_toy.py --images` can train on."""
+    parser = argparse.ArgumentParser(prog="python -m unimod_mini.data", description=main.__doc__)
+    parser.add_argument("what", choices=["emoji"], help="the data set to fetch")
+    parser.add_argument("folder", help="a new or an empty folder")
+    parser.add_argument("--count", type=int, default=200, help="emoji, each in two styles (200)")
+    args = parser.parse_args(argv)
+    total = fetch_emoji(args.folder, args.count)
+    print(f"{args.folder}: {total} pictures of {args.count} emoji, {METADATA} and NOTICE (credits)")
+    print(f"next: python train_toy.py --images {args.folder}")
+
+
+if __name__ == "__main__":
+    main()

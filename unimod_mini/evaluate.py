@@ -1,0 +1,113 @@
+"""Free-running accuracy by exact checkers, and pictures in the terminal.
+
+A world (shapes.World, data.Pictures) samples prompts and questions and judges what comes back. One sample a prompt,
+no retries; answers are greedy and must match to the word.
+"""
+
+from random import Random
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .generate import generate_image, generate_text
+from .shapes import blind_answers
+
+CHUNK = 84   # rows generated at once: a multiple of the 7 prompt and the 6 question categories
+
+
+def draw_and_judge(model, tokenizer, world, prompts, progress=None, **options) -> list:
+    """[(category, right or wrong)] of one picture for every prompt."""
+    right = []
+    for start in range(0, len(prompts), CHUNK):
+        part = prompts[start:start + CHUNK]
+        images = generate_image(model, tokenizer, [p.text for p in part], seed=start, **options)
+        things = world.read(tokenizer.image.encode(images))
+        right += [(p.category, world.fits(p, thing)) for p, thing in zip(part, things)]
+        if progress is not None:
+            progress.update(len(part))
+    return right
+
+
+def ask_and_judge(model, tokenizer, questions, codes: Tensor, progress=None, **options) -> list:
+    """[(category, right or wrong)] of one greedy answer to every question on its picture."""
+    right = []
+    for start in range(0, len(questions), CHUNK):
+        part = questions[start:start + CHUNK]
+        images = tokenizer.image.decode(codes[start:start + CHUNK])
+        answers = generate_text(model, tokenizer, images, [q.text for q in part], **options)
+        right += [(q.category, answer == q.answer) for q, answer in zip(part, answers)]
+        if progress is not None:
+            progress.update(len(part))
+    return right
+
+
+def share(right: list) -> float:
+    return round(sum(ok for _, ok in right) / max(1, len(right)), 4)
+
+
+def by_category(right: list) -> dict:
+    names = dict.fromkeys(category for category, _ in right)
+    return {name: share([r for r in right if r[0] == name]) for name in names}
+
+
+def evaluate(model, tokenizer, world, routing: str, n: int, seed: int, drawing: dict, label: str = "") -> dict:
+    """n unseen scenes of each task, and n / 3 with a held-out colour-shape pair (composition: both tasks' mean).
+
+    drawing: temperature and steps for generate_image. The same seed gives the same prompts to every model.
+    """
+    rng, few = Random(f"evaluate {seed}"), n // 3 if world.held_out else 0
+    with tqdm(total=2 * (n + few), desc=f"{label:<8}", unit="scene", mininterval=1.0) as progress:
+        def both(count: int, held_out: bool) -> tuple[list, list]:
+            prompts, _ = world.sample_t2i(count, rng, held_out)
+            questions, codes = world.sample_mmu(count, rng, held_out)
+            return (draw_and_judge(model, tokenizer, world, prompts, progress, routing=routing, **drawing),
+                    ask_and_judge(model, tokenizer, questions, codes, progress, routing=routing))
+
+        t2i, mmu = both(n, False)
+        composition = both(few, True) if few else None
+    result = {"t2i_accuracy": share(t2i), "mmu_accuracy": share(mmu),
+              "composition": None if composition is None else share(composition[0] + composition[1]),
+              "by_category": {"t2i": by_category(t2i), "mmu": by_category(mmu)}}
+    if composition is not None:
+        result["by_category"]["composition"] = {"t2i": share(composition[0]), "mmu": share(composition[1])}
+    return result
+
+
+def blind_accuracy(world, n: int, seed: int) -> float:
+    """Accuracy of answering every question with its text's most frequent answer, without seeing the picture."""
+    answers = blind_answers(world)
+    questions, _ = world.sample_mmu(n, Random(f"evaluate {seed}"))
+    return round(sum(answers.get(q.text) == q.answer for q in questions) / n, 4)
+
+
+def terminal(images: Tensor) -> str:
+    """uint8 (B, H, W, 3) -> the pictures side by side as coloured half blocks (two pixel rows a line)."""
+    gap = images.new_zeros(*images.shape[:2], 1, 3)
+    wide = torch.cat([torch.cat((image, space), 1) for image, space in zip(images, gap)], 1)     # (H, B (W + 1), 3)
+    wide = torch.cat((wide, wide[:len(wide) % 2]))                                               # an even height
+    lines = []
+    for upper, lower in zip(wide[::2].tolist(), wide[1::2].tolist()):
+        cells = ("\x1b[38;2;{};{};{}m\x1b[48;2;{};{};{}m▀".format(*a, *b) for a, b in zip(upper, lower))
+        lines.append("".join(cells) + "\x1b[0m")
+    return "\n".join(lines)
+
+
+def save_png(images: Tensor, captions: list, path, scale: int = 8) -> str:
+    """A sheet of pictures with their captions. Returns what was done; without pillow, the pip line that is missing."""
+    try:
+        from PIL import Image, ImageDraw
+    except ImportError:
+        return f'{path} not written: pip install "pillow" (or unimod-mini[images])'
+    import os
+    B, H, W, _ = images.shape
+    columns, cell = min(4, B), (W * scale + 16, H * scale + 28)
+    sheet = Image.new("RGB", (columns * cell[0], -(-B // columns) * cell[1]), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (image, caption) in enumerate(zip(images, captions)):
+        x, y = i % columns * cell[0] + 8, i // columns * cell[1] + 8
+        sheet.paste(Image.fromarray(image.cpu().numpy()).resize((W * scale, H * scale), Image.NEAREST), (x, y))
+        pen.text((x, y + H * scale + 2), caption, fill="black")
+    sheet.save(f"{path}.tmp", format="PNG")
+    os.replace(f"{path}.tmp", path)
+    return f"{path} written"

@@ -1,0 +1,222 @@
+"""Answers and pictures from a trained model.
+
+routing="causal": what is generated token by token is routed by the predictors and decoded with a key/value cache.
+routing="topk":   every step runs top-k again over the whole prefix. It looks at the future of every earlier token,
+                  cannot be cached, and serves as the non-causal yardstick.
+Show-o's pictures are decoded in parallel (MaskGIT, arXiv 2202.04200), Emu3's row by row.
+
+Legend: B rows, T tokens so far, G key/value heads, d head width, N image tokens, V vocabulary.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .tokenizer import Tokenizer
+from .transformer import Context, ModelConfig, UnifiedTransformer
+
+CHOICE_NOISE = 4.5   # of draw_parallel
+
+
+class LayerCache:
+    """Keys and values of one layer, (B, G, max_length, d), filled from the left."""
+
+    def __init__(self, max_length: int):
+        self.max_length, self.length, self.k, self.v = max_length, 0, None, None
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k and v (B, G, t, d) -> all keys and values so far (B, G, length, d)."""
+        if self.k is None:
+            shape = (*k.shape[:2], self.max_length, k.shape[3])
+            self.k, self.v = k.new_zeros(shape), v.new_zeros(shape)
+        start, self.length = self.length, self.length + k.shape[2]
+        self.k[:, :, start:self.length], self.v[:, :, start:self.length] = k, v
+        return self.k[:, :, :self.length], self.v[:, :, :self.length]
+
+
+class Cache:
+    """What earlier tokens left behind: positions and spans, and for each layer keys, values and who was selected."""
+
+    def __init__(self, config: ModelConfig, batch: int, max_length: int, device=None):
+        self.layers = [LayerCache(max_length) for _ in range(config.n_layer)]
+        self.live = torch.zeros(config.n_layer, batch, max_length, dtype=torch.bool, device=device)
+        self.positions = torch.zeros(batch, max_length, dtype=torch.long, device=device)
+        self.spans = torch.zeros_like(self.positions)
+        self.valid = torch.zeros_like(self.positions, dtype=torch.bool)
+        self.length = 0
+        self.n_image = 0                                   # image tokens so far, (B, 1) after the first forward
+
+    def count(self) -> Tensor:
+        """(B, 1) long: valid tokens so far, the position of the next one."""
+        return self.valid.sum(1, keepdim=True)
+
+    def begin(self, context: Context) -> None:
+        """Store the new tokens' places before the first layer runs."""
+        new = slice(self.length, self.length + context.positions.shape[1])
+        self.positions[:, new] = context.positions
+        self.spans[:, new] = 0 if context.spans is None else context.spans
+        self.valid[:, new] = True if context.valid is None else context.valid
+
+    def end(self, context: Context) -> None:
+        self.length += context.positions.shape[1]
+
+    def mask(self, layer: int, context: Context, selected: Tensor | None) -> Tensor:
+        """(B, 1, t, T) bool: the mask rule of transformer.py over the tokens that this layer kept, plus oneself."""
+        t = context.positions.shape[1]
+        stop = self.length + t
+        self.live[layer, :, self.length:stop] = True if selected is None else selected
+        see = self.positions[:, None, :stop] <= context.positions[:, :, None]
+        if context.spans is not None:
+            see = see | ((self.spans[:, None, :stop] == context.spans[:, :, None]) & (context.spans != 0)[:, :, None])
+        see = see & self.live[layer, :, None, :stop]
+        oneself = torch.eye(t, stop, dtype=torch.bool, device=see.device).roll(self.length, 1)
+        return (see | oneself)[:, None]
+
+
+class Decoder:
+    """Feeds tokens and returns the logits of the next one: with a cache (causal) or by recomputing (topk)."""
+
+    def __init__(self, model: UnifiedTransformer, task: str, routing: str, batch: int, max_length: int):
+        self.model, self.task, self.routing = model, task, routing
+        device = next(model.parameters()).device
+        self.cache = Cache(model.config, batch, max_length, device) if routing == "causal" else None
+        self.seen = None
+
+    def __call__(self, ids: Tensor, valid: Tensor | None = None, spans: Tensor | None = None) -> Tensor:
+        """ids (B, t), the next t tokens -> logits (B, V) after the last of them."""
+        valid = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
+        if self.cache is not None:
+            return self.model(ids, task=self.task, valid=valid, spans=spans, routing="causal",
+                              cache=self.cache).logits[:, -1]
+        spans = torch.zeros_like(ids) if spans is None else spans
+        new = (ids, valid, spans)
+        self.seen = new if self.seen is None else tuple(torch.cat(pair, 1) for pair in zip(self.seen, new))
+        ids, valid, spans = self.seen
+        spans = spans if self.model.config.backbone == "showo" else None
+        return self.model(ids, task=self.task, valid=valid, spans=spans, routing=self.routing).logits[:, -1]
+
+
+def left_pad(rows: list, pad: int, device) -> tuple[Tensor, Tensor]:
+    """Lists of ids -> ids (B, T) and valid (B, T) bool, so that every row ends at T."""
+    length = max(map(len, rows))
+    ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows], device=device)
+    valid = torch.tensor([[False] * (length - len(row)) + [True] * len(row) for row in rows], device=device)
+    return ids, valid
+
+
+def sample(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
+    """logits (B, V) -> ids (B,): argmax at temperature 0, else a draw from softmax(logits / temperature)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities = (logits.float() / temperature).softmax(-1).cpu()
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1).to(logits.device)
+
+
+@torch.no_grad()
+def generate_text(model: UnifiedTransformer, tokenizer: Tokenizer, image: Tensor, question, routing: str = "causal",
+                  temperature: float = 0.0, max_tokens: int | None = None, seed: int = 0):
+    """Answer questions on pictures, free-running.
+
+    image: uint8 (H, W, 3) with a str, or (B, H, W, 3) with a list of str. Returns a str, or a list of them.
+    """
+    single = isinstance(question, str)
+    images, questions = (image[None], [question]) if single else (image, list(question))
+    if len(images) != len(questions):
+        raise ValueError(f"generate_text: {len(images)} images for {len(questions)} questions, one each is needed")
+    model.eval()
+    device = next(model.parameters()).device
+    picture = tokenizer.image_ids(tokenizer.image.encode(images)).tolist()
+    ids, valid = left_pad([tokenizer.mmu_prompt(q, p) for q, p in zip(questions, picture)], tokenizer.pad, device)
+    spans = None
+    if tokenizer.backbone == "showo":                      # mmu soi N codes eoi: the first N + 3 valid tokens
+        spans = ((valid.cumsum(1) <= tokenizer.n_image + 3) & valid).long()
+    steps = tokenizer.text_length if max_tokens is None else max_tokens
+    steps = min(steps, model.config.max_length - ids.shape[1] + 1)           # the last token is never fed back
+    decode = Decoder(model, "mmu", routing, len(ids), ids.shape[1] + steps)
+    generator, done = torch.Generator().manual_seed(seed), torch.zeros(len(ids), dtype=torch.bool, device=device)
+    answers = []
+    for _ in range(steps):
+        token = sample(decode(ids, valid, spans), temperature, generator).masked_fill(done, tokenizer.eot)
+        answers.append(token)
+        done |= token == tokenizer.eot
+        if done.all():
+            break
+        ids, valid, spans = token[:, None], None, None
+    rows = torch.stack(answers, 1).tolist()
+    texts = [tokenizer.text.decode(row[:row.index(tokenizer.eot)] if tokenizer.eot in row else row) for row in rows]
+    return texts[0] if single else texts
+
+
+@torch.no_grad()
+def generate_image(model: UnifiedTransformer, tokenizer: Tokenizer, prompt, routing: str = "causal",
+                   temperature: float = 1.0, guidance: float = 0.0, steps: int = 12, seed: int = 0) -> Tensor:
+    """Draw pictures from captions: uint8 (H, W, 3) for a str, (B, H, W, 3) for a list of str.
+
+    guidance w > 0 pushes away from the picture without a caption: c + w (c - u). steps: of Show-o's parallel decoding.
+    """
+    single = isinstance(prompt, str)
+    prompts = [prompt] if single else list(prompt)
+    model.eval()
+    generator = torch.Generator().manual_seed(seed)
+    draw = draw_parallel if tokenizer.backbone == "showo" else draw_by_row
+    codes = draw(model, tokenizer, prompts, routing, temperature, guidance, steps, generator)
+    images = tokenizer.image.decode(codes)
+    return images[0] if single else images
+
+
+def guided(logits: Tensor, guidance: float) -> Tensor:
+    """(2B, ..) conditional rows over unconditional ones -> (B, ..): c + w (c - u). Without guidance: unchanged."""
+    if guidance == 0:
+        return logits
+    conditional, unconditional = logits.float().log_softmax(-1).chunk(2)
+    return conditional + guidance * (conditional - unconditional)
+
+
+def draw_by_row(model, tokenizer, prompts, routing, temperature, guidance, steps, generator) -> Tensor:
+    """Emu3: one code after the other, an EOL after every row of w. Returns codes (B, h, w) on the CPU."""
+    (h, w), count = tokenizer.grid, len(prompts)
+    device = next(model.parameters()).device
+    streams = prompts + [""] * count if guidance else prompts
+    ids, valid = left_pad([tokenizer.t2i_prompt(prompt) for prompt in streams], tokenizer.pad, device)
+    decode = Decoder(model, "t2i", routing, len(ids), ids.shape[1] + h * (w + 1))
+    end_of_line = torch.full((len(ids), 1), tokenizer.special["EOL"], device=device)
+    image = []
+    for row in range(h):
+        for _ in range(w):
+            logits = guided(decode(ids, valid), guidance)[:, tokenizer.image_start:tokenizer.image_end]
+            code = sample(logits, temperature, generator)                    # (B,)
+            image.append(code)
+            ids, valid = (code + tokenizer.image_start).repeat(len(streams) // count)[:, None], None
+        if row < h - 1:
+            ids = torch.cat((ids, end_of_line), 1)
+    return torch.stack(image, 1).view(count, h, w).cpu()
+
+
+def draw_parallel(model, tokenizer, prompts, routing, temperature, guidance, steps, generator) -> Tensor:
+    """Show-o: all codes at once, the least confident masked again, cos(pi s / 2 S) of them after step s of S.
+
+    Confidence = log p + 4.5 (1 - s / S) Gumbel noise (MaskGIT's value, the published linear decay). Without enough of
+    it the safest codes, the background, win every early step and the picture stays empty. Returns codes (B, h, w) on
+    the CPU.
+    """
+    (h, w), N, count = tokenizer.grid, tokenizer.n_image, len(prompts)
+    device = next(model.parameters()).device
+    streams = prompts + [""] * count if guidance else prompts
+    batch = tokenizer.t2i(streams, torch.zeros(len(streams), h, w, dtype=torch.long)).to(device)
+    image = slice(-N - 1, -1)                              # soi N codes eoi stand at the end
+    codes = torch.full((count, N), tokenizer.mask_id, device=device)
+    for step in range(1, steps + 1):
+        batch.ids[:, image] = codes.repeat(len(streams) // count, 1)
+        logits = model(**batch.inputs(), task="t2i", routing=routing).logits[:, image]
+        logits = guided(logits, guidance)[..., tokenizer.image_start:tokenizer.image_end]      # (B, N, n_codes)
+        drawn = sample(logits.flatten(0, 1), temperature, generator).view(count, N)
+        hidden = codes == tokenizer.mask_id
+        confidence = logits.float().log_softmax(-1).gather(2, drawn[..., None]).squeeze(2)
+        gumbel = -torch.rand(confidence.shape, generator=generator).clamp(min=1e-9).log_().neg_().log_().to(device)
+        confidence = (confidence + CHOICE_NOISE * (1 - step / steps) * gumbel).masked_fill(~hidden, torch.inf)
+        codes = torch.where(hidden, drawn + tokenizer.image_start, codes)
+        n_mask = min(int(N * math.cos(math.pi * step / (2 * steps))), N - step)
+        if step < steps and n_mask > 0:
+            codes.scatter_(1, confidence.argsort(1)[:, :n_mask], tokenizer.mask_id)
+    return (codes - tokenizer.image_start).view(count, h, w).cpu()

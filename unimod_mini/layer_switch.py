@@ -1,0 +1,127 @@
+"""From a trained dense model to a Plan: which layers are redundant, for which task, and how much.
+
+ARank (UniMoD, arXiv 2502.06474): the rank of a layer's attention scores, A_h = (x W_Q,h)(x W_K,h)^T, mean over heads
+and samples. Divided by the sequence length it is rho in (0, 1]. High: little redundancy. Low: prune here. The rule:
+
+    layers switch from keep 1 to keep rho, in the order of rho / (the task's mean rho), the most redundant first,
+    until the counted FLOPs meet the budget; the last one stops half-way, where the budget is met exactly.
+
+So ARank decides which layers become which kind and, as in the paper, ARank over length is the keep ratio. Comparing a
+layer with its own task's mean keeps one task from paying for all. Should even rho everywhere cost too much, every keep
+is scaled down together. One number u moves through all of it, and bisection finds the largest plan within the budget.
+
+What counts as rank: with "energy" (the default) the number of singular values that hold 90 % of sum s^2; with "rank"
+the number above a tolerance times the largest. A numerical rank is mostly a choice of tolerance (bounded by the head
+width, it is the head width for almost any trained layer), and keep ratios near it prune many layers a little, which
+measured worse than pruning few layers deeply (tutorials/00_start.md).
+
+Legend: B batch, T tokens, H heads, d head width, L layers.
+"""
+
+import torch
+from torch import Tensor
+
+from .flops import flops_ratio
+from .routers import Plan
+from .tokenizer import Batch
+from .transformer import ModelConfig, UnifiedTransformer
+
+
+def rank_of(singular: Tensor, measure: str, tolerance: float) -> Tensor:
+    """singular values (.., n) descending -> (..) float."""
+    if measure == "rank":          # how many exceed tolerance x the largest
+        return (singular > tolerance * singular[..., :1]).sum(-1).float()
+    if measure == "energy":        # how many hold (1 - tolerance) of the energy sum s^2
+        energy = singular.square().cumsum(-1)
+        return (energy < (1 - tolerance) * energy[..., -1:]).sum(-1).float() + 1
+    raise ValueError(f'layer_switch: measure must be "rank" or "energy", got {measure!r}')
+
+
+@torch.no_grad()
+def arank(model: UnifiedTransformer, batch: Batch, task: str, measure: str = "energy", tolerance: float = 0.1) -> Tensor:
+    """(L,) float: ARank of every layer divided by the sequence's valid tokens, in (0, 1]."""
+    training = model.training
+    model.eval()                                           # attention dropout would make the ranks random
+    ids, spans, valid = batch.ids, batch.spans, batch.valid
+    context = model.context(ids, None, spans, valid)
+    valid = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
+    rows, x = [], model.embed_tokens(ids, batch.valid)
+    for layer, block in enumerate(model.blocks):
+        q, k, _ = block.attention.queries_keys_values(block.norm(x), context.rope)
+        q, k = (t.float() * valid[:, None, :, None] for t in (q, k))         # padding adds no rank
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        ranks = rank_of(torch.linalg.svdvals(q @ k.mT), measure, tolerance)  # (B, H)
+        rows.append((ranks.mean(1) / valid.sum(1)).mean())
+        x, _ = model.layer(layer, x, task, context, "topk")
+    model.train(training)
+    return torch.stack(rows)
+
+
+def arank_table(model, batches_by_task: dict, measure: str = "energy", tolerance: float = 0.1) -> dict:
+    """{task: Batch of samples} -> {task: list of L values in (0, 1]}."""
+    return {task: arank(model, batch, task, measure, tolerance).tolist() for task, batch in batches_by_task.items()}
+
+
+SOFTNESS = 0.02   # a layer goes from keep 1 to keep rho while the threshold rises by this much of its task's mean rho
+
+
+def switched(table: dict, u: float) -> Plan:
+    """The plan at u: 0 = dense, 1 = every layer at keep rho, 2 = nothing left. Keep ratios in thousandths, rounded down."""
+    relative = {task: [rho * len(row) / sum(row) for rho in row] for task, row in table.items()}
+    low, high = min(map(min, relative.values())), max(map(max, relative.values())) + SOFTNESS
+    threshold, scale = low + min(u, 1.0) * (high - low), min(1.0, 2.0 - u)
+
+    def keep(rho: float, place: float) -> float:
+        depth = min(1.0, max(0.0, (threshold - place) / SOFTNESS))          # 0 = not switched, 1 = switched
+        return int(1000 * scale * (1 - depth * (1 - rho))) / 1000
+
+    return Plan({task: tuple(map(keep, row, relative[task])) for task, row in table.items()})
+
+
+def plan_from_arank(table: dict, config: ModelConfig, lengths: dict, budget: float) -> Plan:
+    """{task: L values rho} -> the largest Plan of the rule above whose training FLOPs meet the budget.
+
+    budget: FLOPs of the plan over FLOPs of dense, one sample of each task of `lengths` ({task: tokens}).
+    ValueError for a budget that is not in (0, 1], values outside (0, 1], or a budget below what the head alone costs.
+    """
+    values = [value for row in table.values() for value in row]
+    if not 0.0 < budget <= 1.0 or not values or not all(0.0 < float(value) <= 1.0 for value in values):
+        raise ValueError(f"plan_from_arank: budget and ARank over length must lie in (0, 1], got {budget}, {values}")
+    low, high = 0.0, 2.0
+    if flops_ratio(config, switched(table, high), lengths) > budget:
+        raise ValueError(f"plan_from_arank: no plan reaches {budget} of the dense FLOPs, the head alone costs more")
+    if budget == 1.0:
+        return switched(table, low)
+    for _ in range(40):
+        middle = (low + high) / 2
+        within = flops_ratio(config, switched(table, middle), lengths) <= budget
+        low, high = (low, middle) if within else (middle, high)
+    return switched(table, high)
+
+
+def layer_switch(model: UnifiedTransformer, batches_by_task: dict, budget: float = 0.85, measure: str = "energy",
+                 tolerance: float = 0.1) -> Plan:
+    """A dense model and one Batch of samples for each task (the paper: 50 MMU, 20 T2I) -> a Plan within the budget."""
+    table = arank_table(model, batches_by_task, measure, tolerance)
+    lengths = {task: batch.ids.shape[1] for task, batch in batches_by_task.items()}
+    return plan_from_arank(table, model.config, lengths, budget)
+
+
+METHODS = ("unimod", "mod", "interleaved", "early_exit", "dense")
+
+
+def plan_for_budget(method: str, table: dict, config: ModelConfig, lengths: dict, budget: float) -> Plan:
+    """The plan of a method of the comparison; unimod and mod meet the budget, the others save what they save.
+
+    mod: one shared router, one keep for all tasks on the odd layers (0 where even that is over the budget).
+    """
+    depth, tasks = config.n_layer, tuple(table)
+    if method == "unimod":
+        return plan_from_arank(table, config, lengths, budget)
+    if method == "mod":
+        fits = [k for k in range(1001) if flops_ratio(config, Plan.mod(depth, tasks, k / 1000), lengths) <= budget]
+        return Plan.mod(depth, tasks, max(fits, default=0) / 1000)
+    plans = {"interleaved": Plan.interleaved, "early_exit": Plan.early_exit, "dense": Plan.dense}
+    if method not in plans:
+        raise ValueError(f"unknown method {method!r}, the methods are {', '.join(METHODS)}")
+    return plans[method](depth, tasks)

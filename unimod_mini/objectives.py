@@ -1,0 +1,59 @@
+"""The training losses: next-token, masked-token, predictor.
+
+Show-o (arXiv 2408.12528) predicts masked image codes where they stand and text one token ahead; Emu3 (arXiv
+2409.18869) predicts everything one token ahead. tokenizer.py has written the difference into `labels`, so one
+cross-entropy serves both. Weights: t2i 1, mmu 1, lm 0.1 (Show-o).
+
+Legend: B batch, T tokens, N image tokens, V vocabulary.
+"""
+
+import math
+from random import Random
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .routers import predictor_loss
+from .tokenizer import IGNORE, Batch, Tokenizer
+
+TASK_WEIGHTS = {"t2i": 1.0, "mmu": 1.0, "lm": 0.1}
+
+
+class Losses(NamedTuple):
+    task: Tensor           # cross-entropy, mean over the labelled tokens: a scalar
+    predictor: Tensor      # binary cross-entropy, mean over the routed layers: a scalar
+
+
+def drop_prompts(captions: list, rate: float, rng: Random) -> list:
+    """Empties a caption with probability `rate`, so that the model also learns to draw without one (guidance)."""
+    return ["" if rng.random() < rate else caption for caption in captions]
+
+
+def mask_image_tokens(batch: Batch, tokenizer: Tokenizer, generator: torch.Generator) -> Batch:
+    """Masked diffusion: hides round(N cos(pi u / 2)) codes of every picture, u ~ U(0, 1), at least one.
+
+    The hidden codes are replaced by the mask id and are the only labels left.
+    """
+    is_code = batch.labels != IGNORE                                          # (B, T)
+    u = torch.rand(len(is_code), 1, generator=generator)
+    n_mask = (tokenizer.n_image * torch.cos(math.pi * u / 2)).round().clamp(min=1)
+    noise = torch.rand(is_code.shape, generator=generator).masked_fill(~is_code, 2.0)
+    hidden = noise.argsort(1).argsort(1) < n_mask                             # the n_mask smallest of each row
+    return batch._replace(ids=batch.ids.masked_fill(hidden, tokenizer.mask_id),
+                          labels=batch.labels.masked_fill(~hidden, IGNORE))
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """logits (B, T, V) float, labels (B, T) long -> mean over labels != IGNORE, a scalar; 0 when there is none."""
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+    return loss / (labels != IGNORE).sum().clamp(min=1)
+
+
+def task_losses(model, batch: Batch, task: str) -> Losses:
+    """One forward with top-k routing."""
+    out = model(**batch.inputs(), task=task)
+    routed = [predictor_loss(routing, batch.valid) for routing in out.routing if routing is not None]
+    membership = torch.stack(routed).mean() if routed else out.logits.new_zeros(())
+    return Losses(cross_entropy(out.logits, batch.labels), membership)

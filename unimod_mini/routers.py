@@ -1,0 +1,265 @@
+"""Task-aware Mixture-of-Depths: which tokens a layer processes, and for which task.
+
+MoD (Raposo et al., arXiv 2404.02258) gives a layer a router that picks the k tokens which go through the block;
+the others take the residual path. UniMoD (Mao, Yang, Shou, arXiv 2502.06474) gives every *task* its own router and
+its own k, and prunes only the layers that are redundant for that task. Everything is said by one object, the `Plan`.
+
+Departures from the usual, each guarded by a test: the gate is 1 at the start (a freshly switched model is its dense
+parent to the bit), the residual is counted once and never gated, ties are spread evenly over the sequence, padding
+takes no capacity, and a predictor takes over where looking at the whole sequence would look into the future.
+
+Legend: B batch, T tokens, K slots of a routed layer, D width.
+"""
+
+import json
+import os
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+TASKS = ("t2i", "mmu", "lm")
+GOLDEN = 2654435769  # 2^32 / golden ratio: its multiples modulo 2^32 are spread as evenly as can be
+
+
+def capacity(keep: float, length: int) -> int:
+    """K = floor(keep T + 1/2), the number of slots that a layer computes for a sequence of `length` tokens."""
+    return int(keep * length + 0.5)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which share of the tokens every layer processes, for every task.
+
+    keep[task][layer]: 1 = dense, 0 = the layer is skipped, between = the best-scored share of the tokens.
+    shared_router: one router a layer serves all tasks (what basic MoD does) instead of one router a task (UniMoD).
+    Raises ValueError for an unknown task, rows of different lengths, or a keep ratio outside [0, 1].
+    """
+
+    keep: dict = field(default_factory=dict)
+    shared_router: bool = False
+
+    def __post_init__(self):
+        rows = {task: tuple(float(k) for k in row) for task, row in self.keep.items()}
+        if unknown := set(rows) - set(TASKS):
+            raise ValueError(f"Plan: unknown task {sorted(unknown)}, the tasks are {', '.join(TASKS)}")
+        if len({len(row) for row in rows.values()}) != 1 or not next(iter(rows.values())):
+            lengths = {task: len(row) for task, row in rows.items()}
+            raise ValueError(f"Plan: every task needs one keep ratio a layer, got rows of length {lengths}")
+        for task, row in rows.items():
+            if bad := [k for k in row if not 0.0 <= k <= 1.0]:
+                raise ValueError(f"Plan: keep ratios of {task!r} must lie in [0, 1], got {bad}")
+        object.__setattr__(self, "keep", rows)
+
+    @property
+    def tasks(self) -> tuple:
+        return tuple(self.keep)
+
+    @property
+    def n_layer(self) -> int:
+        return len(next(iter(self.keep.values())))
+
+    def routed(self, layer: int) -> list:
+        """Tasks that need a router in this layer."""
+        return [task for task in self.tasks if 0.0 < self.keep[task][layer] < 1.0]
+
+    def kind(self, layer: int) -> str:
+        """The block kind of the paper: dense, T2I-MoD, MMU-MoD .. (one task prunes) or Shared-MoD (several do)."""
+        pruned = [task for task in self.tasks if self.keep[task][layer] < 1.0]
+        return "dense" if not pruned else f"{pruned[0].upper()}-MoD" if len(pruned) == 1 else "Shared-MoD"
+
+    @classmethod
+    def dense(cls, n_layer: int, tasks=("t2i", "mmu")) -> "Plan":
+        return cls({task: (1.0,) * n_layer for task in tasks})
+
+    @classmethod
+    def mod(cls, n_layer: int, tasks=("t2i", "mmu"), keep: float = 0.5) -> "Plan":
+        """Basic MoD: one router for all tasks, the same keep on every other layer (odd layers, counted from 0)."""
+        row = tuple(keep if layer % 2 else 1.0 for layer in range(n_layer))
+        return cls({task: row for task in tasks}, shared_router=True)
+
+    @classmethod
+    def interleaved(cls, n_layer: int, tasks=("t2i", "mmu")) -> "Plan":
+        """Every other layer is skipped by all tokens."""
+        return cls({task: tuple(float(layer % 2 == 0) for layer in range(n_layer)) for task in tasks})
+
+    @classmethod
+    def early_exit(cls, n_layer: int, tasks=("t2i", "mmu"), exit_layer: int | None = None) -> "Plan":
+        """All tokens leave before `exit_layer` (default: three quarters of the depth)."""
+        stop = max(1, 3 * n_layer // 4) if exit_layer is None else exit_layer
+        return cls({task: tuple(float(layer < stop) for layer in range(n_layer)) for task in tasks})
+
+    def save(self, path) -> None:
+        """Write as JSON, to a temporary name first."""
+        with open(f"{path}.tmp", "w") as file:
+            json.dump({"keep": self.keep, "shared_router": self.shared_router}, file, indent=1)
+        os.replace(f"{path}.tmp", path)
+
+    @classmethod
+    def load(cls, path) -> "Plan":
+        """Read what `save` wrote. ValueError names the file when it is not a plan."""
+        with open(path) as file:
+            try:
+                stored = json.load(file)
+                return cls(stored["keep"], stored["shared_router"])
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{path} is not a plan (expected JSON with keep and shared_router): {error}") from None
+
+    def __str__(self) -> str:
+        header = "layer  " + "".join(f"{task:>7}" for task in self.tasks) + "   kind"
+        lines = [f"{layer:>5}  " + "".join(f"{self.keep[task][layer]:>7.3f}" for task in self.tasks)
+                 + f"   {self.kind(layer)}" for layer in range(self.n_layer)]
+        return "\n".join([header, *lines])
+
+
+class Routing(NamedTuple):
+    """What one routed layer decided. live is None when every slot is used (no padding, top-k)."""
+    indices: Tensor        # (B, K) long, the used slots first and strictly ascending
+    live: Tensor | None    # (B, K) bool, False marks a spare slot: no key, writes nothing
+    selected: Tensor       # (B, T) bool, the same decision by token
+    scores: Tensor         # (B, T) router scores r
+    predictor: Tensor      # (B, T) logits of "this token is among the top k", from x_i alone
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Selection: scores -> ranks -> slots. No loop over the batch, no device sync, static shapes.
+# --------------------------------------------------------------------------------------------------------------
+
+def tie_order(batch: int, length: int, valid: Tensor | None, device) -> Tensor:
+    """(B, T) long: the order in which equal scores are chosen, padding last.
+
+    The n-th valid token has priority frac(n x golden ratio): the first k in that order are spread evenly over the
+    sequence for every k. For 8 tokens: 0 5 2 7 4 1 6 3. (All scores are 0 at the start: choosing the first k
+    would starve the answer, the last k the prompt.)
+    """
+    if valid is None:
+        rank = torch.arange(length, device=device).expand(batch, length)
+        return ((rank * GOLDEN) % 2**32).argsort(1)
+    rank = valid.long().cumsum(1) - 1
+    return torch.where(valid, (rank * GOLDEN) % 2**32, 2**32).argsort(dim=1, stable=True)
+
+
+def descending_rank(scores: Tensor, order: Tensor, eligible: Tensor | None = None) -> Tensor:
+    """(B, T) long: 0 for the best score, 1 for the next ..; NaN counts as the worst, ineligible tokens come last."""
+    scores = torch.nan_to_num(scores.detach().float(), nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    ranked = order.gather(1, scores.gather(1, order).argsort(dim=1, descending=True, stable=True))
+    if eligible is not None:
+        ranked = ranked.gather(1, (~eligible).gather(1, ranked).long().argsort(dim=1, stable=True))
+    return torch.empty_like(ranked).scatter_(1, ranked, torch.arange(scores.shape[1], device=scores.device)
+                                             .expand_as(ranked))
+
+
+def row_capacity(keep: float, valid: Tensor) -> Tensor:
+    """(B, 1) long: k_b = floor(keep T_b + 1/2) of a row with T_b valid tokens."""
+    precision = torch.float32 if valid.device.type == "mps" else torch.float64  # MPS has no float64
+    return (valid.sum(1, keepdim=True).to(precision) * keep + 0.5).floor().long()
+
+
+def slots(selected: Tensor, n_slot: int) -> tuple[Tensor, Tensor]:
+    """Selected tokens -> (indices (B, K), live (B, K)): a stable partition, selected tokens first, both ascending.
+
+    selected = 0 1 0 1, K = 3  ->  indices = 1 3 0, live = 1 1 0
+    """
+    count = selected.sum(1, keepdim=True)
+    slot = torch.where(selected, selected.cumsum(1) - 1, count + (~selected).cumsum(1) - 1)
+    token = torch.arange(selected.shape[1], device=selected.device).expand_as(slot)
+    indices = torch.empty_like(slot).scatter_(1, slot, token)[:, :n_slot]
+    return indices, torch.arange(n_slot, device=selected.device) < count
+
+
+def select_topk(scores: Tensor, keep: float, valid: Tensor | None = None, order: Tensor | None = None):
+    """The k_b best tokens of every row: (indices (B, K), live (B, K) or None, selected (B, T)).
+
+    Exactly k_b a row, whatever the ties; padding is never selected. scores: (B, T), any float dtype.
+    """
+    batch, length = scores.shape
+    order = tie_order(batch, length, valid, scores.device) if order is None else order
+    n_slot = capacity(keep, length)
+    rank = descending_rank(scores, order, valid)
+    selected = rank < (n_slot if valid is None else row_capacity(keep, valid))
+    indices, live = slots(selected, n_slot)
+    return indices, None if valid is None else live, selected
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The router of one layer and one task, with its predictor
+# --------------------------------------------------------------------------------------------------------------
+
+GATES = {  # g(0) = 1 for every one of them
+    "linear": lambda r: 1 + r,
+    "sigmoid": lambda r: 2 * torch.sigmoid(r),
+    "tanh": lambda r: 1 + 0.2 * torch.tanh(r),  # p-MoD (arXiv 2412.04449)
+}
+
+
+class TaskRouter(nn.Module):
+    """Router, predictor and threshold of one layer and one task (or of one layer, when the plan shares routers).
+
+    The threshold belongs to the task even when the router is shared, so it is kept by task name.
+    """
+
+    def __init__(self, width: int, predictor_width: int, tasks):
+        super().__init__()
+        self.score = nn.Linear(width, 1)
+        nn.init.zeros_(self.score.weight), nn.init.zeros_(self.score.bias)
+        self.predictor = nn.Sequential(nn.Linear(width, predictor_width), nn.SiLU(), nn.Linear(predictor_width, 1))
+        for task in tasks:
+            self.register_buffer(f"threshold_{task}", torch.zeros(()))
+
+    def forward(self, x: Tensor, task: str, keep: float, context, rule: str) -> Routing:
+        """x (B, T, D) -> Routing. rule: "topk" looks at the whole sequence, "causal" decides token by token."""
+        with torch.autocast(x.device.type, enabled=False):  # bf16 scores would tie by the dozen
+            scores = self.score(x.to(self.score.weight.dtype)).squeeze(-1)                # r = R_t(x)   (B, T)
+        logits = self.predictor(x.detach()).squeeze(-1)     # stop-gradient: never moves the model     (B, T)
+        if rule == "topk":
+            indices, live, selected = select_topk(scores, keep, context.valid, context.order)
+        else:
+            selected = self.causal_selection(scores, logits, task, keep, context)
+            indices, live = slots(selected, int(selected.sum(1).max()))
+        return Routing(indices, live, selected, scores, logits)
+
+    def causal_selection(self, scores, logits, task, keep, context) -> Tensor:
+        """(B, T) bool: token i is kept when predictor_i > threshold.
+
+        Show-o generates an image in parallel, so in t2i the last span of a row may rank itself: it takes the top
+        (K - kept tokens of the prompt before it) of its own tokens, clamped to [0, length of the span].
+        """
+        selected = logits > getattr(self, f"threshold_{task}").to(logits.dtype)
+        valid = torch.ones_like(selected) if context.valid is None else context.valid
+        selected = selected & valid
+        if task != "t2i" or context.spans is None:
+            return selected
+        spans = context.spans * valid
+        index = torch.arange(spans.shape[1], device=spans.device)
+        last = ((spans != 0) * index).argmax(1, keepdim=True)                # (B, 1) where the last span ends
+        image = (spans == spans.gather(1, last)) & (spans != 0)
+        prompt = selected & (image.cumsum(1) == 0)
+        budget = (row_capacity(keep, valid) - prompt.sum(1, keepdim=True)).clamp(min=0)
+        rank = descending_rank(scores, context.order, image)
+        return (selected & ~image) | (image & (rank < budget))
+
+
+def predictor_loss(routing: Routing, valid: Tensor | None) -> Tensor:
+    """Binary cross-entropy of the predictor against membership in the top k, mean over valid tokens: a scalar."""
+    loss = F.binary_cross_entropy_with_logits(routing.predictor.float(), routing.selected.float(), reduction="none")
+    return loss.mean() if valid is None else (loss * valid).sum() / valid.sum().clamp(min=1)
+
+
+def gather_tokens(x: Tensor, indices: Tensor) -> Tensor:
+    """x (B, T, ..), indices (B, K) -> (B, K, ..): the picked tokens of every row."""
+    batch, length = x.shape[:2]
+    return x.reshape(batch * length, *x.shape[2:]).index_select(0, flat(indices, length)).view(*indices.shape, *x.shape[2:])
+
+
+def add_tokens(x: Tensor, indices: Tensor, update: Tensor) -> Tensor:
+    """x_i <- x_i + update_i for the picked tokens, x_i <- x_i for the others. x (B, T, D), update (B, K, D)."""
+    batch, length, width = x.shape
+    rows = x.reshape(batch * length, width).index_add(0, flat(indices, length), update.reshape(-1, width).to(x.dtype))
+    return rows.view(batch, length, width)
+
+
+def flat(indices: Tensor, length: int) -> Tensor:
+    """(B, K) token indices -> (B K,) row numbers of the (B T, ..) view."""
+    return (indices + length * torch.arange(indices.shape[0], device=indices.device)[:, None]).reshape(-1)

@@ -1,0 +1,296 @@
+"""One vocabulary for text and images, and the layouts that turn a sample into a sequence.
+
+    showo: | text .. sot eot | [PAD] soi eoi sov eov t2i mmu t2v v2v lvg | image codes | mask |
+    emu3:  | text .. | [PAD] BOS EOS boi img EOL EOF eoi | image codes |
+
+A `Tokenizer` is a text codec (WordText, ByteText), an image codec (Palette, or vq.VQ) and a backbone, whose published
+layouts it follows (Show-o, arXiv 2408.12528; Emu3, arXiv 2409.18869). Departure from the usual: `labels[i]` is what
+the logits at i must predict, already shifted where the objective is next-token and unshifted where it is masked
+diffusion, so that one cross-entropy serves both.
+
+Legend: B batch, T tokens, S text budget, N image tokens, h and w rows and columns of image codes, p patch side.
+"""
+
+import difflib
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+SPECIAL = {"showo": ("[PAD]", "soi", "eoi", "sov", "eov", "t2i", "mmu", "t2v", "v2v", "lvg"),
+           "emu3": ("[PAD]", "BOS", "EOS", "boi", "img", "EOL", "EOF", "eoi")}
+
+
+class WordText:
+    """Ids for a fixed list of words, separated by blanks. decode(encode(x)) is x up to runs of blanks."""
+
+    def __init__(self, words):
+        self.words = list(dict.fromkeys(words))
+        self.ids = {word: i for i, word in enumerate(self.words)}
+        self.size = len(self.words)
+
+    def encode(self, text: str) -> list:
+        for word in text.split():
+            if word not in self.ids:
+                near = difflib.get_close_matches(word, self.words, 1)
+                raise ValueError(f"unknown word {word!r}" + (f", did you mean {near[0]!r}?" if near else "")
+                                 + f" This tokenizer knows {self.size} words: {' '.join(self.words[:20])} ..")
+        return [self.ids[word] for word in text.split()]
+
+    def decode(self, ids) -> str:
+        return " ".join(self.words[i] for i in ids if 0 <= i < self.size)
+
+
+class ByteText:
+    """UTF-8 bytes as ids 0 to 255: any text, no vocabulary file."""
+    size = 256
+
+    def encode(self, text: str) -> list:
+        return list(text.encode("utf-8"))
+
+    def decode(self, ids) -> str:
+        return bytes(i for i in ids if 0 <= i < 256).decode("utf-8", errors="replace")
+
+
+class Palette:
+    """Image codes are the nearest of n fixed patches, (n, p, p, 3) uint8. Exact for images made of those patches."""
+
+    def __init__(self, patches):
+        self.patches = torch.as_tensor(patches, dtype=torch.uint8)
+        if self.patches.dim() != 4 or self.patches.shape[1] != self.patches.shape[2] or self.patches.shape[3] != 3:
+            raise ValueError(f"Palette: patches must be (n, p, p, 3), got {tuple(self.patches.shape)}")
+        self.n_codes, self.patch = self.patches.shape[:2]
+
+    def encode(self, images: Tensor) -> Tensor:
+        """images uint8 (B, H, W, 3) -> codes long (B, H/p, W/p). ValueError when H or W is no multiple of p."""
+        vectors = cut_patches(images, self.patch)                            # (B, h, w, 3 p p)
+        return nearest(vectors.flatten(0, 2), self.patches.flatten(1).float()).view(vectors.shape[:3])
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """codes long (B, h, w) -> images uint8 (B, h p, w p, 3). ValueError for a code outside [0, n_codes)."""
+        check_codes(codes, self.n_codes)
+        (B, h, w), p = codes.shape, self.patch
+        return self.patches[codes].transpose(2, 3).reshape(B, h * p, w * p, 3)   # (B, h, w, p, p, 3) -> image
+
+    @classmethod
+    def fit(cls, images: Tensor, n_codes: int = 256, patch: int = 2, rounds: int = 10, seed: int = 0) -> "Palette":
+        """k-means on the patches of real images (uint8 (B, H, W, 3)); empty clusters restart at random patches."""
+        vectors = cut_patches(images, patch).flatten(0, 2)                   # (M, 3 p p)
+        generator = torch.Generator().manual_seed(seed)
+        vectors = vectors[torch.randperm(len(vectors), generator=generator)[:50_000]]
+        centres = vectors.unique(dim=0)
+        centres = centres[torch.randperm(len(centres), generator=generator)[:n_codes]]
+        for _ in range(rounds):
+            owner = nearest(vectors, centres)
+            count = torch.bincount(owner, minlength=len(centres))
+            mean = torch.zeros_like(centres).index_add_(0, owner, vectors) / count.clamp(min=1)[:, None]
+            fresh = vectors[torch.randint(len(vectors), (len(centres),), generator=generator)]
+            centres = torch.where(count[:, None] > 0, mean, fresh)
+        return cls(centres.round().view(-1, patch, patch, 3))
+
+
+def nearest(vectors: Tensor, centres: Tensor) -> Tensor:
+    """argmin_c |v - c|^2, (M,) long; in pieces, so that the distances stay below 2^22 numbers."""
+    step = max(1, 2**22 // len(centres))
+    return torch.cat([torch.cdist(part, centres, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
+                      for part in vectors.split(step)])
+
+
+def cut_patches(images: Tensor, patch: int) -> Tensor:
+    """uint8 (B, H, W, 3) -> float (B, H/p, W/p, 3 p p)."""
+    if images.dim() != 4 or images.shape[3] != 3 or images.dtype != torch.uint8 or 0 in images.shape:
+        raise ValueError(f"images must be uint8 (B, H, W, 3), got {images.dtype} {tuple(images.shape)}")
+    B, H, W, _ = images.shape
+    if H % patch or W % patch:
+        raise ValueError(f"images of {H}x{W} pixels do not divide into patches of {patch}: resize them")
+    return images.reshape(B, H // patch, patch, W // patch, patch, 3).transpose(2, 3).flatten(3).float()
+
+
+def check_codes(codes: Tensor, n_codes: int) -> None:
+    if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= n_codes):
+        raise ValueError(f"image codes lie in [{int(codes.min())}, {int(codes.max())}], expected [0, {n_codes})")
+
+
+class Batch(NamedTuple):
+    """A batch of sequences. spans and valid are None where the layout has no span, no padding."""
+    ids: Tensor                # (B, T) long
+    spans: Tensor | None       # (B, T) long, 0 = causal text, 1 = the image span
+    valid: Tensor | None       # (B, T) bool
+    labels: Tensor             # (B, T) long, what the logits at i must predict; IGNORE = no loss
+
+    def inputs(self) -> dict:
+        """Keyword arguments of UnifiedTransformer.forward."""
+        return {"ids": self.ids, "spans": self.spans, "valid": self.valid}
+
+    def to(self, device) -> "Batch":
+        return Batch(*(None if t is None else t.to(device, non_blocking=True) for t in self))
+
+
+class Tokenizer:
+    """Text, special and image ids of one backbone, and its layouts for the tasks t2i, mmu and lm.
+
+    grid: (h, w) image codes a picture; text_length: the text budget S of a sequence (with sot and eot for showo).
+    Raises ValueError for text over budget, codes of another grid, an unknown backbone.
+    """
+
+    def __init__(self, backbone: str, text, image, grid: tuple, text_length: int,
+                 system: str = "You are a helpful assistant. USER: ", assistant: str = ". ASSISTANT:"):
+        if backbone not in SPECIAL:
+            raise ValueError(f"Tokenizer: backbone must be showo or emu3, got {backbone!r}")
+        self.backbone, self.text, self.image, self.grid = backbone, text, image, tuple(grid)
+        self.text_length, self.system, self.assistant = text_length, system, assistant
+        names = (("sot", "eot") if backbone == "showo" else ()) + SPECIAL[backbone]
+        self.special = {name: text.size + i for i, name in enumerate(names)}
+        self.image_start = text.size + len(names)
+        self.image_end = self.image_start + image.n_codes
+        self.mask_id = self.image_end if backbone == "showo" else None
+        self.vocab_size = self.image_end + (backbone == "showo")
+        self.pad = self.special["[PAD]"]
+        self.eot = self.special["eot" if backbone == "showo" else "EOS"]     # ends an answer
+
+    @property
+    def n_image(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    def name(self, i: int) -> str:
+        """A readable name of one id, for printing sequences."""
+        if i < self.text.size:
+            return self.text.decode([i])
+        if self.image_start <= i < self.image_end:
+            return f"<{i - self.image_start}>"
+        return "[MASK]" if i == self.mask_id else {v: k for k, v in self.special.items()}[i]
+
+    # ------------------------------------------------------------------------------- pieces of a sequence
+
+    def image_ids(self, codes: Tensor) -> Tensor:
+        """codes (B, h, w) -> ids (B, N), or for emu3 (B, h (w + 1)) with an EOL after every row."""
+        if tuple(codes.shape[1:]) != self.grid:
+            raise ValueError(f"image codes of {tuple(codes.shape[1:])}, this tokenizer's grid is {self.grid}")
+        check_codes(codes, self.image.n_codes)
+        ids = codes + self.image_start
+        if self.backbone == "emu3":
+            ids = torch.cat((ids, ids.new_full((*ids.shape[:2], 1), self.special["EOL"])), dim=2)
+        return ids.flatten(1)
+
+    def codes(self, ids: Tensor) -> Tensor:
+        """What image_ids wrote -> codes (B, h, w)."""
+        h, w = self.grid
+        rows = ids.view(ids.shape[0], h, -1)[:, :, :w]                       # emu3: drop the EOL column
+        return rows - self.image_start
+
+    def image_header(self) -> list:
+        """emu3: boi "h*w" img; showo: soi."""
+        if self.backbone == "showo":
+            return [self.special["soi"]]
+        return [self.special["boi"], *self.text.encode("{}*{}".format(*self.grid)), self.special["img"]]
+
+    def image_footer(self) -> list:
+        return [self.special[name] for name in (("eoi",) if self.backbone == "showo" else ("EOF", "eoi"))]
+
+    def fit_text(self, ids: list, budget: int) -> list:
+        if len(ids) > budget:
+            raise ValueError(f"text of {len(ids)} tokens is over the budget of {budget} (text_length="
+                             f"{self.text_length}): {self.text.decode(ids)!r}")
+        return ids
+
+    # ------------------------------------------------------------------------------------------- layouts
+
+    def t2i(self, captions: list, codes: Tensor) -> Batch:
+        """Captions and codes (B, h, w) -> the sequences of text-to-image, all of length `length("t2i")`.
+
+        showo: [PAD..] t2i sot text eot soi N codes eoi    labels: the codes, unshifted (objectives masks them)
+        emu3:  BOS text boi h*w img row EOL .. EOF eoi EOS [PAD..]    labels: the codes, shifted
+        """
+        image = self.image_ids(codes).tolist()
+        rows = [self.t2i_prompt(caption) + codes + self.image_footer() for caption, codes in zip(captions, image, strict=True)]
+        if self.backbone == "emu3":
+            rows = [row + [self.eot] for row in rows]
+        ids, valid = self.pad_rows(rows, self.length("t2i"), left=self.backbone == "showo")
+        is_code = (ids >= self.image_start) & (ids < self.image_end)
+        if self.backbone == "showo":
+            span = torch.zeros_like(ids)
+            span[:, -self.n_image - 2:] = 1                                  # soi N codes eoi
+            return Batch(ids, span, valid, ids.masked_fill(~is_code, IGNORE))
+        return Batch(ids, None, valid, shift(ids.masked_fill(~is_code, IGNORE)))
+
+    def t2i_prompt(self, caption: str) -> list:
+        """Everything before the first image code."""
+        text = self.text.encode(caption)
+        if self.backbone == "showo":
+            text = self.fit_text([self.special["sot"], *text, self.eot], self.text_length)
+            return [self.special["t2i"], *text, *self.image_header()]
+        return [self.special["BOS"], *self.fit_text(text, self.text_length), *self.image_header()]
+
+    def mmu(self, questions: list, answers: list, codes: Tensor) -> Batch:
+        """Questions, answers and codes -> sequences of understanding, all of length `length("mmu")`.
+
+        showo: mmu soi N codes eoi sot question answer eot [PAD..]   span: mmu..eoi
+        emu3:  BOS system image question assistant answer EOS [PAD..]
+        A question and an answer may be lists of the same length, several turns on one picture: question answer eot
+        question answer eot .. Labels: the answers and their ends, shifted.
+        """
+        rows, answered = [], []
+        for question, answer, image in zip(questions, answers, self.image_ids(codes).tolist(), strict=True):
+            turns = [(question, answer)] if isinstance(question, str) else list(zip(question, answer, strict=True))
+            row = self.mmu_prompt(turns[0][0], image)
+            labels = [IGNORE] * len(row)
+            for number, (q, a) in enumerate(turns):
+                ask = [] if number == 0 else self.question_ids(q)
+                reply = [*self.text.encode(a), self.eot]
+                row, labels = row + ask + reply, labels + [IGNORE] * len(ask) + reply
+            self.fit_text(row[self.mmu_overhead():], self.text_length)
+            rows.append(row), answered.append(labels)
+        length = self.length("mmu")
+        ids, valid = self.pad_rows(rows, length)
+        labels = torch.tensor([row + [IGNORE] * (length - len(row)) for row in answered])
+        span = torch.zeros_like(ids)
+        span[:, :self.n_image + 3] = 1                                       # mmu soi N codes eoi
+        return Batch(ids, span if self.backbone == "showo" else None, valid, shift(labels))
+
+    def question_ids(self, question: str) -> list:
+        """The question up to where its answer begins."""
+        return self.text.encode(question) + ([] if self.backbone == "showo" else self.text.encode(self.assistant))
+
+    def mmu_prompt(self, question: str, image: list) -> list:
+        """Everything before the answer; image: ids of one picture."""
+        text, special = self.question_ids(question), self.special
+        picture = [*self.image_header(), *image, *self.image_footer()]
+        if self.backbone == "showo":
+            return [special["mmu"], *picture, special["sot"], *text]
+        return [special["BOS"], *self.text.encode(self.system), *picture, *text]
+
+    def mmu_overhead(self) -> int:
+        """Tokens of an mmu sequence that are not counted as text budget."""
+        image = len(self.image_header()) + len(self.image_footer()) + self.grid[0] * (self.grid[1] + 1)
+        if self.backbone == "showo":
+            return self.n_image + 3
+        return 1 + image + len(self.text.encode(self.system)) + len(self.text.encode(self.assistant))
+
+    def lm(self, texts: list) -> Batch:
+        """Text only. showo: sot text eot [PAD..]; emu3: BOS text EOS [PAD..]. Labels: all of it, shifted."""
+        first = self.special["sot" if self.backbone == "showo" else "BOS"]
+        rows = [[first, *self.fit_text(self.text.encode(text), self.length("lm") - 2), self.eot] for text in texts]
+        ids, valid = self.pad_rows(rows, self.length("lm"))
+        return Batch(ids, None, valid, shift(ids.masked_fill(~valid, IGNORE)))
+
+    def length(self, task: str) -> int:
+        """T of a task: S + N + 3 for every task of showo; for emu3 what its layout needs at most."""
+        if self.backbone == "showo":
+            return self.text_length + self.n_image + 3
+        image = len(self.image_header()) + len(self.image_footer()) + self.grid[0] * (self.grid[1] + 1)
+        return {"t2i": self.text_length + image + 2, "mmu": self.mmu_overhead() + self.text_length,
+                "lm": self.text_length + 2}[task]
+
+    def pad_rows(self, rows: list, length: int, left: bool = False) -> tuple[Tensor, Tensor]:
+        """Lists of ids -> ids (B, length) and valid (B, length) bool."""
+        padding = [[self.pad] * (length - len(row)) for row in rows]
+        ids = torch.tensor([pad + row if left else row + pad for row, pad in zip(rows, padding)])
+        counts = torch.tensor([len(row) for row in rows])[:, None]
+        index = torch.arange(length)
+        return ids, (index >= length - counts) if left else (index < counts)
+
+
+def shift(ids: Tensor) -> Tensor:
+    """labels[i] = ids[i + 1]; nothing follows the last token."""
+    return torch.cat((ids[:, 1:], torch.full_like(ids[:, :1], IGNORE)), dim=1)

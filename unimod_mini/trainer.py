@@ -1,0 +1,140 @@
+"""What both training scripts share: devices, optimisers, schedule, one training step, thresholds, checkpoints.
+
+Legend: B batch, T tokens.
+"""
+
+import os
+import random
+from dataclasses import asdict
+
+import torch
+from torch import nn
+
+from .objectives import TASK_WEIGHTS, task_losses
+from .routers import Plan
+from .transformer import ModelConfig, UnifiedTransformer
+
+
+def find_device(name: str | None = None) -> torch.device:
+    """The named device, else CUDA, Apple's MPS or the CPU, whichever is there first."""
+    if name:
+        return torch.device(name)
+    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def precision(device: torch.device):
+    """bf16 autocast where the hardware multiplies bf16 (CUDA, CPUs with AVX512-BF16), else float32."""
+    fast = device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast)
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def make_optimizers(model: nn.Module, lr: float = 0.02, lr_rest: float = 3e-3) -> list:
+    """Muon on the hidden matrices of the blocks, AdamW on everything else (embeddings, head, norms, routers)."""
+    hidden = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
+    ids = {id(p) for p in hidden}
+    rest = [p for p in model.parameters() if id(p) not in ids]
+    return [torch.optim.Muon(hidden, lr=lr, weight_decay=0.01),
+            torch.optim.AdamW(rest, lr=lr_rest, betas=(0.9, 0.99), weight_decay=0.01)]
+
+
+def learning_rate(step: int, steps: int, warmup: int = 20, decay: float = 0.0) -> float:
+    """Factor of the peak rate: up over `warmup` steps, flat, down to zero over the last `decay` share of the steps."""
+    up = min(1.0, (step + 1) / warmup)
+    down = min(1.0, (steps - step) / max(1.0, decay * steps))
+    return min(up, down)
+
+
+def train_step(model, optimizers, batches: dict, factor: float) -> dict:
+    """One step on one batch of every task: forward, backward, clip, update. Returns {task: loss} as tensors."""
+    losses = {task: task_losses(model, batch, task) for task, batch in batches.items()}
+    total = sum(TASK_WEIGHTS[task] * loss.task + loss.predictor for task, loss in losses.items())
+    total.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = factor * group.setdefault("peak_lr", group["lr"])
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return {task: loss.task.detach() for task, loss in losses.items()}
+
+
+# --------------------------------------------------------------------------------------------------------------
+# From top-k to causal: thresholds, and how well they do
+# --------------------------------------------------------------------------------------------------------------
+
+def predicted_tokens(batch, task: str) -> torch.Tensor:
+    """(B, T) bool: the tokens whose membership the predictor decides at inference (not those of a drawn span)."""
+    valid = torch.ones_like(batch.ids, dtype=torch.bool) if batch.valid is None else batch.valid
+    return valid & (batch.spans == 0) if task == "t2i" and batch.spans is not None else valid
+
+
+@torch.no_grad()
+def calibrate(model: UnifiedTransformer, batches: dict) -> None:
+    """Set every threshold so that, on these batches ({task: Batch}), causal routing keeps as many tokens as top-k.
+
+    Layer after layer, those below already set. A threshold lies midway between two neighbouring scores, so that float
+    noise flips no decision; equal scores are kept or dropped together, whichever is nearer.
+    """
+    model.eval()
+    for task, batch in batches.items():
+        asked = predicted_tokens(batch, task)
+        topk = model(**batch.inputs(), task=task).routing
+        for layer, target in enumerate(topk):
+            if target is None:
+                continue
+            logits = model(**batch.inputs(), task=task, routing="causal").routing[layer].predictor[asked]
+            scores, group = logits.float().round(decimals=4).unique(return_counts=True)     # ascending
+            edges = torch.cat((scores[:1] - 2, scores, scores[-1:] + 2))     # thresholds lie between neighbours
+            kept = logits.numel() - torch.cat((group.new_zeros(1), group.cumsum(0)))
+            best = (kept - target.selected[asked].sum()).abs().argmin()
+            model.router(layer, task).get_buffer(f"threshold_{task}").copy_((edges[best] + edges[best + 1]) / 2)
+
+
+@torch.no_grad()
+def predictor_report(model: UnifiedTransformer, batches: dict) -> dict:
+    """How the predictors do, mean over routed layers and tasks: accuracy against top-k membership, its base rate
+    (always giving the commoner answer), and the share of tokens kept by top-k (trained) and by causal (realised)."""
+    model.eval()
+    rows = []
+    for task, batch in batches.items():
+        asked = predicted_tokens(batch, task)
+        topk = model(**batch.inputs(), task=task).routing
+        causal = model(**batch.inputs(), task=task, routing="causal").routing
+        for layer, (target, realised) in enumerate(zip(topk, causal)):
+            if target is not None:
+                threshold = model.router(layer, task).get_buffer(f"threshold_{task}")
+                kept, said = target.selected[asked].float(), target.predictor[asked] > threshold
+                rows.append([(said == kept.bool()).float().mean(), torch.maximum(kept.mean(), 1 - kept.mean()),
+                             kept.mean(), realised.selected[asked].float().mean()])
+    names = ("accuracy", "base_rate", "capacity_trained", "capacity_realised")
+    means = torch.tensor(rows).mean(0).tolist() if rows else [1.0] * 4
+    return {name: round(mean, 4) for name, mean in zip(names, means)}
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# --------------------------------------------------------------------------------------------------------------
+
+def save_checkpoint(path, model: UnifiedTransformer, **extra) -> None:
+    """Weights, config, plan and plain `extra` data, readable with weights_only=True; written, then renamed."""
+    plan = {"keep": model.plan.keep, "shared_router": model.plan.shared_router}
+    torch.save({"model": model.state_dict(), "config": asdict(model.config), "plan": plan, **extra}, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
+def load_checkpoint(path, device="cpu") -> tuple[UnifiedTransformer, dict]:
+    """What save_checkpoint wrote -> (model, everything else). ValueError names the file when it is something else."""
+    try:
+        stored = torch.load(path, map_location=device, weights_only=True)
+        model = UnifiedTransformer(ModelConfig(**stored.pop("config")), Plan(**stored.pop("plan")))
+        model.load_state_dict(stored.pop("model"))
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} is not a checkpoint of unimod_mini: {error}") from error
+    return model.to(device), stored

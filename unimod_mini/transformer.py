@@ -1,0 +1,360 @@
+"""The unified transformer: one decoder for text and images, in the two dialects that UniMoD was shown on.
+
+"showo": Phi-style (Show-o, arXiv 2408.12528): parallel blocks x + attn(LN x) + mlp(LN x), LayerNorm, GELU, biases,
+         rotary on part of each head, LayerNorm on queries and keys, image spans that see themselves in both directions.
+"emu3":  Llama-style (Emu3, arXiv 2409.18869): RMSNorm, SwiGLU, grouped key/value heads, no biases, causal everywhere.
+
+A `Plan` (routers.py) decides for each task and layer which tokens the block processes. Read `UnifiedTransformer.layer`:
+it is the whole method. Departure from the usual: a block returns its *update* u = attn + mlp without the residual, so
+that dense and routed layers are the same line, x + g u, with g = 1 in a dense one.
+
+Legend: B batch, T tokens, K kept tokens, D width, H heads, G key/value heads, d head width, V vocabulary.
+"""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .routers import GATES, TASKS, Plan, Routing, TaskRouter, add_tokens, gather_tokens, tie_order
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    backbone: str                  # "showo" (Phi-style) or "emu3" (Llama-style)
+    n_layer: int
+    n_head: int
+    n_kv_head: int                 # < n_head: grouped-query attention
+    d_model: int
+    d_ff: int
+    vocab_size: int
+    max_length: int
+    image_start: int               # first id of the image codes; ids from here on are image tokens
+    rope_theta: float = 1e4
+    rope_fraction: float = 1.0     # share of each head that is rotated
+    qk_norm: bool = False          # LayerNorm over each head of queries and keys, before the rotary
+    attention_dropout: float = 0.0
+    image_positions: int = 0       # > 0: a learned position for each of that many image tokens (toy sizes only)
+    gate: str = "tanh"             # routers.GATES
+    predictor_width: int = 0       # hidden width of the membership predictor, 0: d_model / 4
+
+    def __post_init__(self):
+        if self.backbone not in ("showo", "emu3"):
+            raise ValueError(f"ModelConfig: backbone must be showo or emu3, got {self.backbone!r}")
+        if self.gate not in GATES:
+            raise ValueError(f"ModelConfig: gate must be one of {', '.join(GATES)}, got {self.gate!r}")
+        if self.d_model % self.n_head or self.n_head % self.n_kv_head:
+            raise ValueError(f"ModelConfig: n_head={self.n_head} must divide d_model={self.d_model} and be a multiple "
+                             f"of n_kv_head={self.n_kv_head}")
+        if self.rope_dims % 2:
+            raise ValueError(f"ModelConfig: {self.rope_dims} rotated dims a head, an even number is needed")
+
+    @property
+    def head_width(self) -> int:
+        return self.d_model // self.n_head
+
+    @property
+    def rope_dims(self) -> int:
+        return int(self.head_width * self.rope_fraction)
+
+    @property
+    def predictor_hidden(self) -> int:
+        return self.predictor_width or max(self.d_model // 4, 1)
+
+    @classmethod
+    def preset(cls, name: str) -> "ModelConfig":
+        """toy-showo, toy-emu3 (minutes on a laptop), showo-1.3b, emu3-8b (the true shapes)."""
+        if name not in PRESETS:
+            raise ValueError(f"ModelConfig.preset: unknown {name!r}, the presets are {', '.join(PRESETS)}")
+        return PRESETS[name]
+
+
+PRESETS = {
+    "toy-showo": ModelConfig("showo", 8, 4, 4, 128, 512, 128, 128, image_start=54, rope_fraction=0.5,
+                             qk_norm=True, image_positions=16),
+    "toy-emu3": ModelConfig("emu3", 8, 4, 2, 128, 384, 123, 128, image_start=50, qk_norm=True, image_positions=16),
+    "showo-1.3b": ModelConfig("showo", 24, 32, 32, 2048, 8192, 58498, 2048, image_start=50305, rope_fraction=0.5,
+                              qk_norm=True),
+    "emu3-8b": ModelConfig("emu3", 32, 32, 8, 4096, 14336, 184622, 9216, image_start=151854, rope_theta=1e6,
+                           attention_dropout=0.1),
+}
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Who sees whom: one rule for every mask
+# --------------------------------------------------------------------------------------------------------------
+
+def attention_mask(positions: Tensor, spans: Tensor | None, valid: Tensor | None) -> Tensor:
+    """(B, 1, T, T) bool, True where query i may look at key j.
+
+    j is valid  and  (pos_j <= pos_i  or  (span_i == span_j and span_i != 0)); a token always sees itself.
+    """
+    see = positions[:, None, :] <= positions[:, :, None]
+    if spans is not None:
+        see = see | ((spans[:, None, :] == spans[:, :, None]) & (spans != 0)[:, :, None])
+    if valid is not None:
+        see = (see & valid[:, None, :]) | torch.eye(see.shape[-1], dtype=torch.bool, device=see.device)
+    return see[:, None]
+
+
+class Context(NamedTuple):
+    """What every layer needs to know about the tokens, computed once a forward."""
+    positions: Tensor              # (B, T)
+    spans: Tensor | None           # (B, T), 0 = causal
+    valid: Tensor | None           # (B, T) bool
+    order: Tensor                  # (B, T) order in which ties are broken
+    rope: Tensor                   # (B, T, 2, rope_dims / 2) cos and sin
+    mask: Tensor | None            # (B, 1, T, T); None: plain causal, the fast kernel
+    sorted: bool                   # positions ascend with the index, so that a sorted subset is causal too
+
+
+def rotary(positions: Tensor, dims: int, theta: float) -> Tensor:
+    """cos and sin of position x theta^(-2 i / dims), (B, T, 2, dims / 2) float32."""
+    frequency = theta ** (-torch.arange(0, dims, 2, device=positions.device, dtype=torch.float32) / dims)
+    angle = positions[..., None].float() * frequency
+    return torch.stack((angle.cos(), angle.sin()), dim=-2)
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Half-rotate layout: (a, b) -> (a cos - b sin, b cos + a sin), a and b the halves of the rotated dims.
+
+    x (B, T, H, d), rope (B, T, 2, r/2); dims past r pass unchanged.
+    """
+    cos, sin = rope.to(x.dtype).unbind(-2)
+    cos, sin = cos[:, :, None], sin[:, :, None]             # (B, T, 1, r/2)
+    half = cos.shape[-1]
+    a, b, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The block
+# --------------------------------------------------------------------------------------------------------------
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        bias = config.backbone == "showo"
+        d = config.head_width
+        self.qkv = nn.Linear(config.d_model, (config.n_head + 2 * config.n_kv_head) * d, bias=bias)
+        self.out = nn.Linear(config.d_model, config.d_model, bias=bias)
+        self.q_norm = nn.LayerNorm(d, eps=1e-5) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(d, eps=1e-5) if config.qk_norm else nn.Identity()
+
+    def queries_keys_values(self, x: Tensor, rope: Tensor):
+        """x (B, T, D) -> q (B, H, T, d), k and v (B, G, T, d), rotated."""
+        (B, T, _), H, G = x.shape, self.config.n_head, self.config.n_kv_head
+        qkv = self.qkv(x).view(B, T, H + 2 * G, -1)                          # (B, T, H + 2G, d)
+        q, k, v = qkv.split((H, G, G), dim=2)
+        q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None, cache=None) -> Tensor:
+        q, k, v = self.queries_keys_values(x, rope)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        on_cpu = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+        with torch.autocast(x.device.type, enabled=not on_cpu and torch.is_autocast_enabled(x.device.type)):
+            if on_cpu:                                     # bf16 attention is slower than float32 on a CPU
+                q, k, v = q.float(), k.float(), v.float()
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1],
+                dropout_p=self.config.attention_dropout if self.training else 0.0)
+        return self.out(y.transpose(1, 2).reshape(x.shape))                  # (B, H, T, d) -> (B, T, D)
+
+
+class MLP(nn.Module):
+    """GELU (tanh form) for showo, SwiGLU for emu3: silu(x W_gate) * (x W_up)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gated = config.backbone == "emu3"
+        self.up = nn.Linear(config.d_model, config.d_ff * (2 if self.gated else 1), bias=not self.gated)
+        self.down = nn.Linear(config.d_ff, config.d_model, bias=not self.gated)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.gated:
+            return self.down(F.gelu(self.up(x), approximate="tanh"))
+        gate, up = self.up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """Returns the update u that the residual stream receives, without the residual."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.parallel = config.backbone == "showo"
+        norm = nn.LayerNorm if self.parallel else nn.RMSNorm
+        self.norm = norm(config.d_model, eps=1e-5)
+        self.norm_mlp = None if self.parallel else norm(config.d_model, eps=1e-5)
+        self.attention = Attention(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None, cache=None) -> Tensor:
+        normed = self.norm(x)
+        a = self.attention(normed, rope, mask, cache)
+        if self.parallel:                                  # Phi:   u = attn(LN x) + mlp(LN x)
+            return a + self.mlp(normed)
+        return a + self.mlp(self.norm_mlp(x + a))          # Llama: u = a + mlp(norm(x + a)),  a = attn(norm x)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The model
+# --------------------------------------------------------------------------------------------------------------
+
+class Output(NamedTuple):
+    logits: Tensor                 # (B, T, V)
+    routing: list                  # a Routing for each routed layer, None for a dense or a skipped one
+
+
+class UnifiedTransformer(nn.Module):
+    """model(ids, task) -> Output. plan=None: every layer dense. Weights are float32 unless converted."""
+
+    def __init__(self, config: ModelConfig, plan: Plan | None = None):
+        super().__init__()
+        if plan is not None and plan.n_layer != config.n_layer:
+            raise ValueError(f"the plan has {plan.n_layer} layers, the model {config.n_layer}: make a plan for this model")
+        self.config, self.plan = config, plan or Plan.dense(config.n_layer, TASKS)
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.image_position = nn.Embedding(config.image_positions, config.d_model) if config.image_positions else None
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        showo = config.backbone == "showo"
+        self.norm = (nn.LayerNorm if showo else nn.RMSNorm)(config.d_model, eps=1e-5)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=showo)
+        self.apply(self.init_weights)
+        for block in self.blocks:                          # residual outputs start small: GPT-2's 1/sqrt(2 L)
+            for linear in (block.attention.out, block.mlp.down):
+                nn.init.normal_(linear.weight, std=0.02 / (2 * config.n_layer) ** 0.5)
+        self.routers = nn.ModuleList(self.make_routers(layer) for layer in range(config.n_layer))
+
+    @staticmethod
+    def init_weights(module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def make_routers(self, layer: int) -> nn.ModuleDict:
+        """One TaskRouter for each pruning task of this layer, or a single one under "shared"."""
+        tasks, hidden = self.plan.routed(layer), self.config.predictor_hidden
+        if self.plan.shared_router and tasks:
+            return nn.ModuleDict({"shared": TaskRouter(self.config.d_model, hidden, tasks)})
+        return nn.ModuleDict({task: TaskRouter(self.config.d_model, hidden, [task]) for task in tasks})
+
+    def router(self, layer: int, task: str) -> TaskRouter:
+        return self.routers[layer]["shared" if self.plan.shared_router else task]
+
+    def with_plan(self, plan: Plan, **changes) -> "UnifiedTransformer":
+        """A copy with this plan's (fresh) routers and, bit for bit, this model's other weights."""
+        copy = UnifiedTransformer(replace(self.config, **changes), plan)
+        own = {name: weight for name, weight in self.state_dict().items() if not name.startswith("routers.")}
+        missing, unexpected = copy.load_state_dict(own, strict=False)
+        assert not unexpected and all(name.startswith("routers.") for name in missing)
+        return copy.to(self.embed.weight.device, self.embed.weight.dtype)
+
+    def forward(self, ids: Tensor, task: str = "t2i", positions: Tensor | None = None, spans: Tensor | None = None,
+                valid: Tensor | None = None, routing: str = "topk", cache=None) -> Output:
+        """ids (B, T) long, positions and spans (B, T) long, valid (B, T) bool -> logits (B, T, V) and routings.
+
+        positions default to counting the valid tokens; spans None: causal everywhere; routing "topk" (training,
+        looks at the whole sequence) or "causal" (inference, looks at no later token). cache: see generate.py.
+        Raises ValueError for an unknown task or routing rule, shapes that do not fit, and ids out of range (CPU).
+        """
+        self.check(ids, task, positions, spans, valid, routing, cache)
+        context = self.context(ids, positions, spans, valid, cache)
+        if cache is not None:
+            cache.begin(context)
+        x, routings = self.embed_tokens(ids, valid, cache), []
+        for layer in range(self.config.n_layer):
+            x, decision = self.layer(layer, x, task, context, routing, cache)
+            routings.append(decision)
+        if cache is not None:
+            cache.end(context)
+        return Output(self.head(self.norm(x)), routings)
+
+    def embed_tokens(self, ids: Tensor, valid: Tensor | None = None, cache=None) -> Tensor:
+        """ids (B, T) -> x (B, T, D); the n-th image token of a picture also gets learned position n, if any."""
+        x = self.embed(ids)
+        if self.image_position is None:
+            return x
+        image = ids >= self.config.image_start if valid is None else (ids >= self.config.image_start) & valid
+        count = image.long().cumsum(1) + (0 if cache is None else cache.n_image)             # (B, T)
+        if cache is not None:
+            cache.n_image = count[:, -1:]
+        return x + self.image_position((count - 1).clamp(min=0) % self.config.image_positions) * image[..., None]
+
+    def layer(self, layer: int, x: Tensor, task: str, context: Context, rule: str, cache=None):
+        """One layer for one task, the whole method: x_i <- x_i + g(r_i) f(x_S)_i for i in S, x_i otherwise."""
+        keep, block = self.plan.keep[task][layer], self.blocks[layer]
+        if keep == 0.0:
+            return x, None
+        if cache is not None:
+            return self.cached_layer(layer, x, task, context, cache)
+        if keep == 1.0:
+            # a node of its own for the block's input: gradients add up in the routed order, equal to the last bit
+            return x + block(x.view_as(x), context.rope, context.mask), None
+        decision = self.router(layer, task)(x, task, keep, context, rule)
+        indices, live = decision.indices, decision.live
+        if indices.shape[1] == 0:                                                          # K rounds to nothing
+            return x, decision
+        x_kept, rope = gather_tokens(x, indices), gather_tokens(context.rope, indices)     # (B, K, D), (B, K, 2, r/2)
+        gate = GATES[self.config.gate](decision.scores.gather(1, indices))                 # (B, K)
+        update = gate[..., None] * block(x_kept, rope, self.subset_mask(context, indices, live))
+        if live is not None:
+            update = update.masked_fill(~live[..., None], 0.0)                             # a spare slot writes nothing
+        return add_tokens(x, indices, update), decision
+
+    def cached_layer(self, layer: int, x: Tensor, task: str, context: Context, cache):
+        """The same with earlier tokens' keys and values: a token that is not selected leaves no key behind."""
+        keep, block, decision = self.plan.keep[task][layer], self.blocks[layer], None
+        selected, gate = context.valid, 1.0
+        if keep < 1.0:
+            decision = self.router(layer, task)(x, task, keep, context, "causal")
+            selected, gate = decision.selected, GATES[self.config.gate](decision.scores)[..., None]
+        mask = cache.mask(layer, context, selected)
+        update = gate * block(x, context.rope, mask, cache.layers[layer])
+        return x + (update if selected is None else update.masked_fill(~selected[..., None], 0.0)), decision
+
+    def subset_mask(self, context: Context, indices: Tensor, live: Tensor | None) -> Tensor | None:
+        """The mask of the kept tokens, from their own positions and spans. Spare slots sort last: causal hides them."""
+        if context.sorted and context.spans is None:
+            return None
+        spans = None if context.spans is None else context.spans.gather(1, indices)
+        return attention_mask(context.positions.gather(1, indices), spans, live)
+
+    def context(self, ids, positions, spans, valid, cache=None) -> Context:
+        batch, length = ids.shape
+        counted = positions is None
+        if counted:
+            new = torch.ones_like(ids) if valid is None else valid.long()
+            positions = (new.cumsum(1) - 1 + (0 if cache is None else cache.count())).clamp(min=0)
+        causal = (counted and valid is None and spans is None) or cache is not None
+        mask = None if causal else attention_mask(positions, spans, valid)
+        rope = rotary(positions, self.config.rope_dims, self.config.rope_theta)
+        return Context(positions, spans, valid, tie_order(batch, length, valid, ids.device), rope, mask, counted)
+
+    def check(self, ids, task, positions, spans, valid, routing, cache) -> None:
+        """Every error here is about the call, not about tensor values, except the id range on a CPU."""
+        if task not in self.plan.tasks:
+            raise ValueError(f"unknown task {task!r}: this model's plan knows {', '.join(self.plan.tasks)}")
+        if routing not in ("topk", "causal"):
+            raise ValueError(f'routing must be "topk" or "causal", got {routing!r}')
+        if ids.dim() != 2 or ids.numel() == 0 or ids.dtype != torch.long:
+            raise ValueError(f"ids must be (B, T) long with B, T >= 1, got {tuple(ids.shape)} {ids.dtype}")
+        length = ids.shape[1] + (0 if cache is None else cache.length)
+        if length > self.config.max_length:
+            raise ValueError(f"{length} tokens, but max_length is {self.config.max_length}: shorten the sequence or "
+                             "raise max_length in the config")
+        for name, tensor in (("positions", positions), ("spans", spans), ("valid", valid)):
+            if tensor is not None and tensor.shape != ids.shape:
+                raise ValueError(f"{name} must have the shape of ids {tuple(ids.shape)}, got {tuple(tensor.shape)}")
+        if valid is not None and valid.dtype != torch.bool:
+            raise ValueError(f"valid must be bool, got {valid.dtype}: pass mask != 0")
+        if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            low, high = int(ids.min()), int(ids.max())
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(f"ids lie in [{low}, {high}], the vocabulary is [0, {self.config.vocab_size})")
