@@ -9,6 +9,7 @@ dense), the evaluation by exact checkers, and what is written to --out.
 """
 
 import argparse
+import copy
 import json
 import os
 import time
@@ -31,7 +32,7 @@ from unimod_mini.trainer import find_device, learning_rate, precision, seed_ever
 # --------------------------------------------------------------------------------------------------------------
 
 SETTINGS = {
-    "emu3": dict(steps=1200, t2i=26, mmu=38, budget=0.60, temperature=0.7, guidance=1.0, draw_steps=1),
+    "emu3": dict(steps=1100, t2i=26, mmu=38, budget=0.60, temperature=0.7, guidance=1.0, draw_steps=1),
     "showo": dict(steps=1900, t2i=40, mmu=24, budget=0.85, temperature=1.0, guidance=1.0, draw_steps=16),
 }
 PROMISED = {"t2i": 0.90, "mmu": 0.95}
@@ -80,6 +81,7 @@ class Sampler:
         self.rng, self.generator = Random(f"train {seed}"), torch.Generator().manual_seed(seed)
 
     def __call__(self, n_t2i: int | None = None, n_mmu: int | None = None) -> dict:
+        """{task: Batch} of the usual sizes, or of these."""
         prompts, drawn = self.world.sample_t2i(n_t2i or self.n_t2i, self.rng)
         dialogues, seen = self.world.sample_dialogues(n_mmu or self.n_mmu, self.rng, self.tokenizer.text_length)
         t2i = self.tokenizer.t2i(drop_prompts([p.text for p in prompts], 0.1, self.rng), drawn)
@@ -121,71 +123,85 @@ def step_flops(config, plan, tokenizer) -> int:
 
 def main(argv=None) -> dict:
     args, began = parse(argv), time.perf_counter()
-    setting, device = SETTINGS[args.backbone], find_device(args.device)
-    out = Path(args.out)
+    setting, device, out = SETTINGS[args.backbone], find_device(args.device), Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     seed_everything(args.seed)
     world, tokenizer = make_world(args)
     config = toy_config(args.backbone, tokenizer)
     dense = UnifiedTransformer(config).to(device)
+    sampler = Sampler(world, tokenizer, args.seed, setting["t2i"], setting["mmu"])
+    introduce(dense, tokenizer, Sampler(world, tokenizer, args.seed, 1, 1)(), device, args.seed)
+
     steps = args.steps or setting["steps"]
     more = max(1, steps // 2)
-    sampler = Sampler(world, tokenizer, args.seed, setting["t2i"], setting["mmu"])
-
-    print(f"config   {config}\ndevice   {device}, seed {args.seed}, {torch.get_num_threads()} threads, "
-          f"bf16 {'on' if precision(device)._enabled else 'off'}")
-    print(f"model    {sum(p.numel() for p in dense.parameters()):,} parameters, vocabulary of {config.vocab_size}")
-    example = sampler(1, 1)
-    for task, batch in example.items():
-        print(f"{task:<8} {batch.ids.shape[1]} tokens: {' '.join(tokenizer.name(i) for i in batch.ids[0].tolist())}")
-
     print(f"\n1. dense training, {steps} steps of {setting['t2i']} t2i + {setting['mmu']} mmu sequences")
-    dense_ms = train(dense, sampler, steps, 0.0, device, "dense")
+    train(dense, sampler, steps, 0.0, device, "dense")
 
     print("\n2. layer switch: ARank over length on 20 t2i prompts and 50 mmu samples")
-    samples = {task: batch.to(device) for task, batch in sampler(20, 50).items()}
-    table = arank_table(dense, samples)
-    plan = plan_for_budget(args.method, table, config, {task: tokenizer.length(task) for task in table}, setting["budget"])
+    plan, flops = switch(dense, sampler, args.method, setting["budget"], device)
+    plan.save(out / "plan.json")
+
+    print(f"\n3. {more} more steps: {args.method}, and dense for comparison, from the same weights and data")
+    routed, same_data = dense.with_plan(plan), copy.deepcopy(sampler)
+    step_ms = {"routed": train(routed, sampler, more, 0.7, device, args.method),
+               "dense": train(dense, same_data, more, 0.7, device, "dense")}
+
+    print(f"\n4. evaluation: {EVAL_SCENES} unseen scenes of each task, one sample each, free-running")
+    drawing = {"temperature": setting["temperature"], "guidance": setting["guidance"], "steps": setting["draw_steps"]}
+    saved = 1 - flops["routed"] / flops["dense"]
+    metrics = {"backbone": args.backbone, "method": args.method, "seed": args.seed, "seconds": 0.0,
+               "parameters": sum(p.numel() for p in routed.parameters()),
+               **judge(dense, routed, sampler, args.seed, drawing, flops, step_ms, device),
+               "blind_mmu_accuracy": blind_accuracy(world, EVAL_SCENES, args.seed),
+               "saved": {"routed_phase": round(saved, 4), "whole_run": round(saved * more / (steps + more), 4)}}
+    metrics["seconds"] = round(time.perf_counter() - began, 1)
+    report(metrics, plan)
+    with precision(device):
+        write_results(out, metrics, routed, tokenizer, world, drawing)
+    return metrics
+
+
+def switch(dense, sampler, method: str, budget: float, device) -> tuple[Plan, dict]:
+    """ARank -> the method's plan, both printed; and the training FLOPs of {"dense": .., "routed": ..}."""
+    tokenizer, config = sampler.tokenizer, dense.config
+    table = arank_table(dense, {task: batch.to(device) for task, batch in sampler(20, 50).items()})
+    plan = plan_for_budget(method, table, config, {task: tokenizer.length(task) for task in table}, budget)
     print("layer  " + "".join(f"{task:>8}" for task in table))
     for layer, row in enumerate(zip(*table.values())):
         print(f"{layer:>5}  " + "".join(f"{rank:>8.3f}" for rank in row))
     flops = {"dense": step_flops(config, None, tokenizer), "routed": step_flops(config, plan, tokenizer)}
-    saved = 1 - flops["routed"] / flops["dense"]
-    print(f"\nplan ({args.method}), {saved:.1%} of the training FLOPs saved (full n x n attention)\n{plan}")
-    plan.save(out / "plan.json")
+    print(f"\nplan ({method}), {1 - flops['routed'] / flops['dense']:.1%} of the training FLOPs saved "
+          f"(full n x n attention)\n{plan}")
+    return plan, flops
 
-    print(f"\n3. {more} more steps: {args.method}, and dense for comparison, from the same weights and data")
-    routed, state = dense.with_plan(plan), sampler.rng.getstate()
-    noise = sampler.generator.get_state()
-    routed_ms = train(routed, sampler, more, 0.7, device, args.method)
-    sampler.rng.setstate(state), sampler.generator.set_state(noise)
-    dense_ms = train(dense, sampler, more, 0.7, device, "dense")
 
-    print(f"\n4. evaluation: {EVAL_SCENES} unseen scenes of each task, one sample each, free-running")
+def judge(dense, routed, sampler, seed: int, drawing: dict, flops: dict, step_ms: dict, device) -> dict:
+    """Thresholds, then the accuracies of dense, of the method with top-k and with causal routing; the predictors."""
     calibrate(routed, {task: batch.to(device) for task, batch in sampler(128, 128).items()})
-    held_out = {task: batch.to(device) for task, batch in sampler(128, 128).items()}
-    drawing, results = {key: setting[key] for key in ("temperature", "guidance")} | {"steps": setting["draw_steps"]}, {}
+    fresh = {task: batch.to(device) for task, batch in sampler(128, 128).items()}
+    results = {}
     for name, model, routing in (("dense", dense, "causal"), ("topk", routed, "topk"), ("causal", routed, "causal")):
         with precision(device):
-            results[name] = evaluate(model, tokenizer, world, routing, EVAL_SCENES, args.seed, drawing, name)
-        results[name] |= {"train_flops": flops["dense" if name == "dense" else "routed"],
-                          "step_ms": round(dense_ms if name == "dense" else routed_ms, 1)}
-    metrics = {"backbone": args.backbone, "method": args.method, "seed": args.seed,
-               "seconds": round(time.perf_counter() - began, 1), "parameters": sum(p.numel() for p in routed.parameters()),
-               **results, "predictor": predictor_report(routed, held_out),
-               "blind_mmu_accuracy": blind_accuracy(world, EVAL_SCENES, args.seed),
-               "saved": {"routed_phase": round(saved, 4), "whole_run": round(saved * more / (steps + more), 4)}}
-    report(metrics, plan, args.backbone)
-    with precision(device):
-        write_results(out, metrics, routed, tokenizer, world, drawing)
-    return metrics
+            results[name] = evaluate(model, sampler.tokenizer, sampler.world, routing, EVAL_SCENES, seed, drawing, name)
+        kind = "dense" if name == "dense" else "routed"
+        results[name] |= {"train_flops": flops[kind], "step_ms": round(step_ms[kind], 1)}
+    return {**results, "predictor": predictor_report(routed, fresh)}
 
 
 # --------------------------------------------------------------------------------------------------------------
 # What is shown and written
 # --------------------------------------------------------------------------------------------------------------
 
-def report(metrics: dict, plan: Plan, backbone: str) -> None:
+def introduce(model, tokenizer, example: dict, device, seed: int) -> None:
+    """The configuration, the parameters, the tasks and one sequence of each, id by id."""
+    print(f"config   {model.config}\ndevice   {device}, seed {seed}, {torch.get_num_threads()} threads, "
+          f"bf16 {'on' if precision(device)._enabled else 'off'}")
+    print(f"model    {sum(p.numel() for p in model.parameters()):,} parameters, vocabulary of {tokenizer.vocab_size}")
+    for task, batch in example.items():
+        print(f"{task:<8} {batch.ids.shape[1]} tokens: {' '.join(tokenizer.name(i) for i in batch.ids[0].tolist())}")
+
+
+def report(metrics: dict, plan: Plan) -> None:
     """The closing table; top-k looks at the whole sequence, so its row is labelled non-causal."""
     print(f"\n{'model':<26}{'t2i':>8}{'mmu':>8}{'composed':>10}{'GFLOP':>8}{'ms/step':>9}{'kept t2i':>10}{'kept mmu':>10}")
     names = {"dense": "dense", "topk": f"{metrics['method']}, top-k (non-causal)", "causal": f"{metrics['method']}, causal"}
@@ -202,7 +218,7 @@ def report(metrics: dict, plan: Plan, backbone: str) -> None:
     print("GFLOP: training FLOPs of one sample of each task, full n x n attention. Saved: {routed_phase:.1%} in the "
           "routed phase, {whole_run:.1%} over both phases.".format(**metrics["saved"]))
     print("predictor: " + ", ".join(f"{name} {value:.3f}" for name, value in metrics["predictor"].items()))
-    print(f"promised: t2i {PROMISED['t2i']:.0%}, mmu {PROMISED['mmu']:.0%}, {1 - SETTINGS[backbone]['budget']:.0%} saved "
+    print(f"promised: t2i {PROMISED['t2i']:.0%}, mmu {PROMISED['mmu']:.0%}, {1 - SETTINGS[metrics['backbone']]['budget']:.0%} saved "
           f"(toy world, default steps). This run took {metrics['seconds'] / 60:.1f} minutes.")
 
 
@@ -214,7 +230,8 @@ def write_results(out: Path, metrics: dict, model, tokenizer, world, drawing: di
     print("\n" + terminal(images))
     for number, (question, answer) in enumerate(zip(questions, generate_text(
             model, tokenizer, images, [q.text for q in questions])), start=1):
-        print(f"picture {number}: {question.text} {answer}" + ("" if answer == question.answer else f"  (right: {question.answer})"))
+        verdict = "" if answer == question.answer else f"  (right: {question.answer})"
+        print(f"picture {number}: {question.text} {answer}{verdict}")
     prompts = [prompt.text for prompt in world.sample_t2i(7, rng)[0]]
     drawn = generate_image(model, tokenizer, prompts, **drawing)
     print("\n" + terminal(drawn) + "\n" + "\n".join(f"drawn {i}: {text}" for i, text in enumerate(prompts, start=1)))

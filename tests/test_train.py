@@ -41,10 +41,11 @@ def test_seconds_of_training_beat_the_label_frequencies(backbone, monkeypatch):
     for plan in (None, Plan({"t2i": (1, 0.5), "mmu": (1, 0.5)})):
         model = model if plan is None else model.with_plan(plan)
         optimizers = make_optimizers(model)
-        for step in range(60 if plan is None else 15):
-            losses = train_step(model, optimizers, sampler(), learning_rate(step, 60))
+        history = [train_step(model, optimizers, sampler(), learning_rate(step, 100))
+                   for step in range(100 if plan is None else 30)]
         for task, batch in sampler(64, 64).items():
-            assert losses[task].item() < 0.95 * label_entropy(batch.labels), (task, plan)
+            last = sum(losses[task].item() for losses in history[-10:]) / 10
+            assert last < 0.8 * label_entropy(batch.labels), (task, plan)
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)

@@ -4,6 +4,8 @@ A world (shapes.World, data.Pictures) samples prompts and questions and judges w
 no retries; answers are greedy and must match to the word.
 """
 
+import os
+import textwrap
 from random import Random
 
 import torch
@@ -99,15 +101,15 @@ def save_png(images: Tensor, captions: list, path, scale: int = 8) -> str:
         from PIL import Image, ImageDraw
     except ImportError:
         return f'{path} not written: pip install "pillow" (or unimod-mini[images])'
-    import os
     B, H, W, _ = images.shape
-    columns, cell = min(4, B), (W * scale + 16, H * scale + 28)
+    texts = ["\n".join(textwrap.wrap(caption, max(8, W * scale // 6))) for caption in captions]
+    columns, cell = min(4, B), (W * scale + 16, H * scale + 16 + 14 * max(1 + text.count("\n") for text in texts))
     sheet = Image.new("RGB", (columns * cell[0], -(-B // columns) * cell[1]), "white")
     pen = ImageDraw.Draw(sheet)
-    for i, (image, caption) in enumerate(zip(images, captions)):
+    for i, (image, text) in enumerate(zip(images, texts)):
         x, y = i % columns * cell[0] + 8, i // columns * cell[1] + 8
         sheet.paste(Image.fromarray(image.cpu().numpy()).resize((W * scale, H * scale), Image.NEAREST), (x, y))
-        pen.text((x, y + H * scale + 2), caption, fill="black")
+        pen.text((x, y + H * scale + 2), text, fill="black")
     sheet.save(f"{path}.tmp", format="PNG")
     os.replace(f"{path}.tmp", path)
     return f"{path} written"

@@ -38,7 +38,8 @@ def rank_of(singular: Tensor, measure: str, tolerance: float) -> Tensor:
 
 
 @torch.no_grad()
-def arank(model: UnifiedTransformer, batch: Batch, task: str, measure: str = "energy", tolerance: float = 0.1) -> Tensor:
+def arank(model: UnifiedTransformer, batch: Batch, task: str, measure: str = "energy",
+          tolerance: float = 0.1) -> Tensor:
     """(L,) float: ARank of every layer divided by the sequence's valid tokens, in (0, 1]."""
     training = model.training
     model.eval()                                           # attention dropout would make the ranks random
@@ -66,7 +67,7 @@ SOFTNESS = 0.02   # a layer goes from keep 1 to keep rho while the threshold ris
 
 
 def switched(table: dict, u: float) -> Plan:
-    """The plan at u: 0 = dense, 1 = every layer at keep rho, 2 = nothing left. Keep ratios in thousandths, rounded down."""
+    """The plan at u: 0 = dense, 1 = every layer at keep rho, 2 = nothing left. Keeps in thousandths, rounded down."""
     relative = {task: [rho * len(row) / sum(row) for rho in row] for task, row in table.items()}
     low, high = min(map(min, relative.values())), max(map(max, relative.values())) + SOFTNESS
     threshold, scale = low + min(u, 1.0) * (high - low), min(1.0, 2.0 - u)

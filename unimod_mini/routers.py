@@ -250,7 +250,8 @@ def predictor_loss(routing: Routing, valid: Tensor | None) -> Tensor:
 def gather_tokens(x: Tensor, indices: Tensor) -> Tensor:
     """x (B, T, ..), indices (B, K) -> (B, K, ..): the picked tokens of every row."""
     batch, length = x.shape[:2]
-    return x.reshape(batch * length, *x.shape[2:]).index_select(0, flat(indices, length)).view(*indices.shape, *x.shape[2:])
+    rows = x.reshape(batch * length, *x.shape[2:]).index_select(0, flat(indices, length))      # (B K, ..)
+    return rows.view(*indices.shape, *x.shape[2:])
 
 
 def add_tokens(x: Tensor, indices: Tensor, update: Tensor) -> Tensor:

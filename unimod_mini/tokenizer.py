@@ -203,7 +203,8 @@ class Tokenizer:
         emu3:  BOS text boi h*w img row EOL .. EOF eoi EOS [PAD..]    labels: the codes, shifted
         """
         image = self.image_ids(codes).tolist()
-        rows = [self.t2i_prompt(caption) + codes + self.image_footer() for caption, codes in zip(captions, image, strict=True)]
+        rows = [self.t2i_prompt(caption) + codes + self.image_footer()
+                for caption, codes in zip(captions, image, strict=True)]
         if self.backbone == "emu3":
             rows = [row + [self.eot] for row in rows]
         ids, valid = self.pad_rows(rows, self.length("t2i"), left=self.backbone == "showo")

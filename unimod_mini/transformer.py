@@ -72,9 +72,9 @@ class ModelConfig:
 
 
 PRESETS = {
-    "toy-showo": ModelConfig("showo", 8, 4, 4, 128, 512, 128, 128, image_start=54, rope_fraction=0.5,
+    "toy-showo": ModelConfig("showo", 8, 4, 4, 128, 512, 127, 128, image_start=53, rope_fraction=0.5,
                              qk_norm=True, image_positions=16),
-    "toy-emu3": ModelConfig("emu3", 8, 4, 2, 128, 384, 123, 128, image_start=50, qk_norm=True, image_positions=16),
+    "toy-emu3": ModelConfig("emu3", 8, 4, 2, 128, 384, 122, 128, image_start=49, qk_norm=True, image_positions=16),
     "showo-1.3b": ModelConfig("showo", 24, 32, 32, 2048, 8192, 58498, 2048, image_start=50305, rope_fraction=0.5,
                               qk_norm=True),
     "emu3-8b": ModelConfig("emu3", 32, 32, 8, 4096, 14336, 184622, 9216, image_start=151854, rope_theta=1e6,
@@ -217,7 +217,7 @@ class UnifiedTransformer(nn.Module):
     def __init__(self, config: ModelConfig, plan: Plan | None = None):
         super().__init__()
         if plan is not None and plan.n_layer != config.n_layer:
-            raise ValueError(f"the plan has {plan.n_layer} layers, the model {config.n_layer}: make a plan for this model")
+            raise ValueError(f"the plan has {plan.n_layer} layers, the model {config.n_layer}: make one for this model")
         self.config, self.plan = config, plan or Plan.dense(config.n_layer, TASKS)
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.image_position = nn.Embedding(config.image_positions, config.d_model) if config.image_positions else None
