@@ -24,7 +24,8 @@ def find_device(name: str | None = None) -> torch.device:
 
 def precision(device: torch.device):
     """bf16 autocast where the hardware multiplies bf16 (CUDA, CPUs with AVX512-BF16), else float32."""
-    fast = device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
+    on_cpu = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    fast = device.type == "cuda" or (device.type == "cpu" and on_cpu())
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast)
 
 

@@ -250,11 +250,12 @@ class UnifiedTransformer(nn.Module):
 
     def with_plan(self, plan: Plan, **changes) -> "UnifiedTransformer":
         """A copy with this plan's (fresh) routers and, bit for bit, this model's other weights."""
-        copy = UnifiedTransformer(replace(self.config, **changes), plan)
+        weight = self.embed.weight
+        copy = UnifiedTransformer(replace(self.config, **changes), plan).to(weight.device, weight.dtype)
         own = {name: weight for name, weight in self.state_dict().items() if not name.startswith("routers.")}
         missing, unexpected = copy.load_state_dict(own, strict=False)
         assert not unexpected and all(name.startswith("routers.") for name in missing)
-        return copy.to(self.embed.weight.device, self.embed.weight.dtype)
+        return copy
 
     def forward(self, ids: Tensor, task: str = "t2i", positions: Tensor | None = None, spans: Tensor | None = None,
                 valid: Tensor | None = None, routing: str = "topk", cache=None) -> Output:
@@ -343,6 +344,8 @@ class UnifiedTransformer(nn.Module):
             raise ValueError(f"unknown task {task!r}: this model's plan knows {', '.join(self.plan.tasks)}")
         if routing not in ("topk", "causal"):
             raise ValueError(f'routing must be "topk" or "causal", got {routing!r}')
+        if cache is not None and routing != "causal":
+            raise ValueError('a cache needs routing="causal": top-k over a sequence changes when it grows')
         if ids.dim() != 2 or ids.numel() == 0 or ids.dtype != torch.long:
             raise ValueError(f"ids must be (B, T) long with B, T >= 1, got {tuple(ids.shape)} {ids.dtype}")
         length = ids.shape[1] + (0 if cache is None else cache.length)
