@@ -25,7 +25,7 @@ def make(backbone, n_layer=3, seed=0):
     """A tokenizer with six patches and a random dense model."""
     patches = torch.randint(256, (6, 2, 2, 3), generator=torch.Generator().manual_seed(1))
     tokens = Tokenizer(backbone, WordText("a b c d 3*3 sys asst".split()), Palette(patches), (3, 3), 8, "sys", "asst")
-    config = ModelConfig(backbone, n_layer, 2, 2 if backbone == "showo" else 1, 32, 48, tokens.vocab_size, 64,
+    config = ModelConfig(backbone, n_layer, 4, 4 if backbone == "showo" else 2, 32, 48, tokens.vocab_size, 64,
                          image_start=tokens.image_start, rope_fraction=0.5 if backbone == "showo" else 1.0,
                          qk_norm=backbone == "showo")
     torch.manual_seed(seed)
@@ -119,12 +119,12 @@ def test_arank_is_the_rank_of_the_attention_that_runs(backbone, measure, monkeyp
                 real = batch.valid[b].nonzero().flatten()
                 for h in range(q.shape[1]):
                     scores = q[b, h][real] @ k[b, h * k.shape[1] // q.shape[1]][real].T
-                    rank = (torch.linalg.matrix_rank(scores, rtol=0.05) if measure == "rank" else
-                            switch.rank_of(torch.linalg.svdvals(scores), "energy", 0.05))
+                    rank = (torch.linalg.matrix_rank(scores, rtol=0.2) if measure == "rank" else
+                            switch.rank_of(torch.linalg.svdvals(scores), "energy", 0.2))
                     total += float(rank) / len(real)
             slow.append(total / len(q) / q.shape[1])
-        got = switch.arank(model, batch, task, measure, 0.05)
-        assert got.shape == (3,) and torch.allclose(got, torch.tensor(slow), atol=0.01)
+        got = switch.arank(model, batch, task, measure, 0.2)
+        assert got.shape == (3,) and torch.allclose(got, torch.tensor(slow), atol=1e-3)
         assert len(set(slow)) > 1
 
 
@@ -277,7 +277,7 @@ def test_one_task_and_three():
     ([0.5] * 8, 0.001)])
 def test_impossible_plans(table, budget):
     """A budget outside (0, 1] or below the head's share, ranks that are no ranks, a row too short: ValueError."""
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="ARank over length must lie|no plan reaches|one keep ratio a layer"):
         switch.plan_from_arank({"t2i": table, "mmu": [0.5] * 8}, CONFIG["showo"], LENGTHS, budget)
 
 

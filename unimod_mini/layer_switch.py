@@ -11,9 +11,8 @@ layer with its own task's mean keeps one task from paying for all. Should even r
 is scaled down together. One number u moves through all of it, and bisection finds the largest plan within the budget.
 
 What counts as rank: with "energy" (the default) the number of singular values that hold 90 % of sum s^2; with "rank"
-the number above a tolerance times the largest. A numerical rank is mostly a choice of tolerance (bounded by the head
-width, it is the head width for almost any trained layer), and keep ratios near it prune many layers a little, which
-measured worse than pruning few layers deeply (tutorials/00_start.md).
+the number above a tolerance times the largest. A numerical rank is mostly a choice of tolerance: at float32's own it is
+the head width for almost any trained layer.
 
 Legend: B batch, T tokens, H heads, d head width, L layers.
 """

@@ -74,7 +74,8 @@ class ModelConfig:
 PRESETS = {
     "toy-showo": ModelConfig("showo", 8, 4, 4, 128, 512, 127, 128, image_start=53, rope_fraction=0.5,
                              qk_norm=True, image_positions=16),
-    "toy-emu3": ModelConfig("emu3", 8, 4, 2, 128, 384, 122, 128, image_start=49, qk_norm=True, image_positions=16),
+    "toy-emu3": ModelConfig("emu3", 8, 4, 2, 128, 384, 122, 128, image_start=49, rope_theta=1e6,
+                            qk_norm=True, image_positions=16),
     "showo-1.3b": ModelConfig("showo", 24, 32, 32, 2048, 8192, 58498, 2048, image_start=50305, rope_fraction=0.5,
                               qk_norm=True),
     "emu3-8b": ModelConfig("emu3", 32, 32, 8, 4096, 14336, 184622, 9216, image_start=151854, rope_theta=1e6,
