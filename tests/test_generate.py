@@ -286,6 +286,23 @@ def test_every_question_that_fits_can_be_answered(backbone):
 
 
 @both
+def test_a_question_that_does_not_fit(backbone):
+    """A prompt longer than the model's max_length is a ValueError naming it, not a crash; one that just fits has room
+    for one token."""
+    tokens, model = make(backbone)
+    prompt = tokens.mmu_prompt("a b", tokens.image_ids(torch.zeros(1, *tokens.grid).long())[0].tolist())
+    for short in (0, 1):
+        _, model = make(backbone, max_length=len(prompt) - short)
+        for rule in RULES:
+            if short:
+                with pytest.raises(ValueError, match=f"max_length.*{len(prompt) - 1}"):
+                    generate_text(model, tokens, pictures(tokens, 1)[0], "a b", routing=rule)
+            else:
+                answer = generate_text(model, tokens, pictures(tokens, 1)[0], "a b", routing=rule)
+                assert len(answer.split()) <= 1
+
+
+@both
 def test_counts_must_match(backbone):
     """Two pictures for one question, or the reverse, is a ValueError naming both numbers; so is a bad picture."""
     tokens, model = make(backbone)

@@ -188,10 +188,11 @@ class Tokenizer:
     def image_footer(self) -> list:
         return [self.special[name] for name in (("eoi",) if self.backbone == "showo" else ("EOF", "eoi"))]
 
-    def fit_text(self, ids: list, budget: int) -> list:
+    def fit_text(self, ids: list, budget: int, text: str | None = None) -> list:
+        """The ids, or a ValueError that quotes the text when they are over the budget."""
         if len(ids) > budget:
             raise ValueError(f"text of {len(ids)} tokens is over the budget of {budget} (text_length="
-                             f"{self.text_length}): {self.text.decode(ids)!r}")
+                             f"{self.text_length}): {text or self.text.decode(ids)!r}")
         return ids
 
     # ------------------------------------------------------------------------------------------- layouts
@@ -240,7 +241,7 @@ class Tokenizer:
                 ask = [] if number == 0 else self.question_ids(q)
                 reply = [*self.text.encode(a), self.eot]
                 row, labels = row + ask + reply, labels + [IGNORE] * len(ask) + reply
-            self.fit_text(row[self.mmu_overhead():], self.text_length)
+            self.fit_text(row[self.mmu_overhead():], self.text_length, " ".join(word for turn in turns for word in turn))
             rows.append(row), answered.append(labels)
         length = self.length("mmu")
         ids, valid = self.pad_rows(rows, length)
