@@ -181,7 +181,8 @@ def test_prefill_in_chunks_equals_one_forward(backbone, seed, cuts, grid, task):
     cache, parts = Cache(model.config, 2, ids.shape[1] + 4), []
     for a, b in zip(edges, edges[1:]):
         span = None if spans is None else spans[:, a:b]
-        parts.append(model(ids[:, a:b], task=task, valid=valid[:, a:b], spans=span, routing="causal", cache=cache).logits)
+        parts.append(model(ids[:, a:b], task=task, valid=valid[:, a:b], spans=span, routing="causal",
+                           cache=cache).logits)
     assert (torch.cat(parts, 1) - whole.logits)[valid].abs().max() < 1e-9
     T = ids.shape[1]
     assert cache.length == T and torch.equal(cache.valid[:, :T], valid) and not cache.valid[:, T:].any()
@@ -416,8 +417,8 @@ def test_guided_rows_equal_recomputation(rule):
     codes, w = [], 1.5
     for n in range(6):
         tail = [i for k, c in enumerate(codes) for i in [c] + [tokens.special["EOL"]] * (k % 3 == 2)]
-        c, u = (model(torch.tensor([tokens.t2i_prompt(p) + tail]), task="t2i", routing=rule).logits[0, -1].log_softmax(-1)
-                for p in ("a b", ""))
+        rows = [torch.tensor([tokens.t2i_prompt(p) + tail]) for p in ("a b", "")]
+        c, u = (model(row, task="t2i", routing=rule).logits[0, -1].log_softmax(-1) for row in rows)
         codes.append(int((c + w * (c - u))[tokens.image_start:tokens.image_end].argmax()) + tokens.image_start)
     image = generate_image(model, tokens, "a b", rule, temperature=0.0, guidance=w)
     assert (tokens.image.encode(image[None]) + tokens.image_start).flatten().tolist() == codes

@@ -50,7 +50,7 @@ def look(world, codes):
         rows, columns = np.where((cell != BACKGROUND).any(-1))
         if len(rows):
             inside = cell[rows.min():rows.max() + 1, columns.min():columns.max() + 1]
-            color, = {tuple(int(v) for v in p) for p in inside.reshape(-1, 3)} - {BACKGROUND}    # one shade of one colour
+            color, = {tuple(int(v) for v in p) for p in inside.reshape(-1, 3)} - {BACKGROUND}    # a single shade
             glyph = ["".join(".#"[int((p != BACKGROUND).any())] for p in row).rstrip(".") for row in inside]
             things.append(Thing(shades[color], cut[",".join(glyph)], place))
     return things

@@ -132,7 +132,11 @@ def generate_text(model: UnifiedTransformer, tokenizer: Tokenizer, image: Tensor
     if tokenizer.backbone == "showo":                      # mmu soi N codes eoi: the first N + 3 valid tokens
         spans = ((valid.cumsum(1) <= tokenizer.n_image + 3) & valid).long()
     steps = tokenizer.text_length if max_tokens is None else max_tokens
-    steps = min(steps, model.config.max_length - ids.shape[1] + 1)           # the last token is never fed back
+    room = model.config.max_length - ids.shape[1] + 1                        # the last token is never fed back
+    if steps < 1 or room < 1:
+        raise ValueError(f"generate_text: {ids.shape[1]} tokens of prompt and {steps} to write, but max_length is "
+                         f"{model.config.max_length}: ask for at least one token, shorten the question or raise max_length")
+    steps = min(steps, room)
     decode = Decoder(model, "mmu", routing, len(ids), ids.shape[1] + steps)
     generator, done = torch.Generator().manual_seed(seed), torch.zeros(len(ids), dtype=torch.bool, device=device)
     answers = []
