@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .routers import GATES, TASKS, Plan, Routing, TaskRouter, add_tokens, gather_tokens, tie_order
+from .routers import GATES, TASKS, Plan, TaskRouter, add_tokens, gather_tokens, tie_order
 
 
 @dataclass(frozen=True)
