@@ -37,11 +37,12 @@ def counted(model, task, inputs, train=False):
 
 
 @settings(max_examples=30)
-@given(backbones, plans(), tasks, st.integers(1, 17), st.booleans(), st.sampled_from((0, 5)), st.integers(0, 9))
-def test_forward_against_the_counter(backbone, plan, task, length, spans, predictor_width, seed):
+@given(backbones, plans(), tasks, st.integers(1, 17), st.booleans(), st.sampled_from((0, 5)),
+       st.sampled_from(("predictor", "router")), st.integers(0, 9))
+def test_forward_against_the_counter(backbone, plan, task, length, spans, predictor_width, membership, seed):
     """The analytic forward count equals the matrix products that run, for any plan, keep 0 and 1 included, in both
-    backbones, with grouped heads, with a mask or without."""
-    config = tiny(backbone, predictor_width=predictor_width)
+    backbones, with grouped heads, with a mask or without, with a predictor or without."""
+    config = tiny(backbone, predictor_width=predictor_width, membership=membership)
     inputs = call(config, 1, length, seed, "left" if spans else "none", spans)
     model = build(config, plan, dtype=torch.float32)
     assert count_flops(config, plan, task, length).total == counted(model, task, inputs)

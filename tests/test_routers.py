@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from helpers import build, call, count, golden_order, keeps, naive_topk, plans, seeds, tiny
 from unimod_mini.routers import (GATES, TASKS, Plan, TaskRouter, add_tokens, capacity, descending_rank, gather_tokens,
-                                 predictor_loss, row_capacity, select_topk, slots, tie_order)
+                                 predictor_loss, row_capacity, select_topk, slots, span_number, tie_order)
 
 
 def random_valid(batch, length, seed, empty=True):
@@ -246,28 +246,40 @@ def test_slots_is_a_stable_partition(shape, seed, data):
 
 # ---------------------------------------------------------------- the causal rule
 
-@given(shapes, keeps, seeds, st.sampled_from(("t2i", "mmu")), st.booleans(), HOWS)
-def test_causal_selection(shape, keep, seed, task, spanned, how):
-    """Keep a valid token when predictor > threshold of the task. In t2i the last span takes instead its own best
-    (k_b minus the kept tokens before it), at least none and at most all of it."""
+@given(shapes, keeps, seeds, st.sampled_from(("t2i", "mmu")), st.integers(0, 3), HOWS)
+def test_causal_selection(shape, keep, seed, task, n_span, how):
+    """Keep a valid token when predictor > threshold of the task. In t2i a span takes instead its own best, as many as
+    the capacity of the tokens up to its end leaves beside those kept before it: at least none, at most all of it."""
     (batch, length), valid = shape, random_valid(*shape, seed)
     router = TaskRouter(4, 2, ("t2i", "mmu"))
     router.threshold_t2i += 0.3
     router.threshold_mmu -= 0.3
     scores, logits = random_scores(*shape, seed + 1, how), random_scores(*shape, seed + 2, "distinct")
-    spans = (torch.arange(length) >= seed % (length + 1)).long().expand(shape) if spanned else None
-    selected = router.causal_selection(scores, logits, task, keep, context(valid, length, batch, spans))
+    cuts = torch.randint(length + 1, (batch, 6), generator=torch.Generator().manual_seed(seed)).sort(1).values.tolist()
+    runs = [[(row[2 * n], row[2 * n + 1]) for n in range(n_span)] for row in cuts]       # start and stop of each span
+    spans = torch.zeros(shape, dtype=torch.long)
+    for b in range(batch):
+        for n, (start, stop) in enumerate(runs[b], start=1):
+            spans[b, start:stop] = n
+    selected = router.causal_selection(scores, logits, task, keep,
+                                       context(valid, length, batch, spans if n_span else None))
     for b in range(batch):
         threshold = 0.3 if task == "t2i" else -0.3
-        expected = [i for i in range(length) if valid[b, i] and logits[b, i] > threshold]
-        if task == "t2i" and spanned:
-            inside = [bool(v and s) for v, s in zip(valid[b], spans[b])]
-            expected = [i for i in expected if not spans[b, i]]
-            budget = max(0, count(keep, int(valid[b].sum())) - len(expected))
-            order = [i for i in golden_order(valid[b].tolist()) if inside[i]]
-            value = scores[b].nan_to_num(-math.inf, math.inf, -math.inf).tolist()
-            expected += sorted(order, key=lambda i: (-value[i], order.index(i)))[:budget]
+        expected = {i for i in range(length) if valid[b, i] and logits[b, i] > threshold}
+        value = scores[b].nan_to_num(-math.inf, math.inf, -math.inf).tolist()
+        for start, stop in runs[b] if task == "t2i" else []:
+            order = [i for i in golden_order(valid[b].tolist()) if start <= i < stop]
+            expected -= set(range(start, stop))
+            budget = max(0, count(keep, int(valid[b, :stop].sum())) - len([i for i in expected if i < start]))
+            expected |= set(sorted(order, key=lambda i: (-value[i], order.index(i)))[:budget])
         assert selected[b].nonzero().squeeze(1).tolist() == sorted(expected)
+
+
+def test_span_number():
+    """Runs of one id are numbered from the left, whatever the ids; padding inside a span does not cut it in two."""
+    spans = torch.tensor([[0, 7, 7, 0, 3, 3], [2, 1, 1, 0, 1, 0], [5, 5, 5, 5, 5, 5]])
+    valid = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 1, 1], [0, 1, 0, 1, 1, 0]]).bool()
+    assert span_number(spans, valid).tolist() == [[0, 1, 1, 0, 2, 2], [1, 2, 0, 0, 2, 0], [0, 1, 0, 1, 1, 0]]
 
 
 def test_causal_router_slots():
@@ -338,6 +350,19 @@ def test_predictor_loss_moves_only_the_predictor():
         for name, weight in model.named_parameters():
             mine = ".predictor." in name and f".{task}." in name
             assert mine == (weight.grad is not None and bool(weight.grad.any())), name
+
+
+def test_the_router_can_decide_by_itself():
+    """membership="router": no predictor; the score is the logit, and the auxiliary loss moves router and model."""
+    plan = Plan({"t2i": (1, .5, .5), "mmu": (1, .3, .7)})
+    model = build(tiny("emu3", membership="router"), plan, dtype=torch.float32)
+    assert not any("predictor" in name for name, _ in model.named_parameters())
+    routing = [r for r in model(**call(model.config, 3, 9, 0)).routing if r is not None]
+    assert all(torch.equal(r.predictor, r.scores) for r in routing)
+    sum(predictor_loss(r, None) for r in routing).backward()
+    assert model.router(1, "t2i").score.weight.grad.any() and model.blocks[0].mlp.up.weight.grad.any()
+    with pytest.raises(ValueError, match="membership must be one of predictor, router, got 'threshold'"):
+        tiny("emu3", membership="threshold")
 
 
 def test_predictor_loss_of_padding_only():

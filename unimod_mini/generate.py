@@ -13,65 +13,11 @@ import math
 import torch
 from torch import Tensor
 
+from .cache import Cache
 from .tokenizer import Tokenizer
-from .transformer import Context, ModelConfig, UnifiedTransformer
+from .transformer import UnifiedTransformer
 
 CHOICE_NOISE = 4.5   # of draw_parallel
-
-
-class LayerCache:
-    """Keys and values of one layer, (B, G, max_length, d), filled from the left."""
-
-    def __init__(self, max_length: int):
-        self.max_length, self.length, self.k, self.v = max_length, 0, None, None
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """k and v (B, G, t, d) -> all keys and values so far (B, G, length, d)."""
-        if self.k is None:
-            shape = (*k.shape[:2], self.max_length, k.shape[3])
-            self.k, self.v = k.new_zeros(shape), v.new_zeros(shape)
-        start, self.length = self.length, self.length + k.shape[2]
-        self.k[:, :, start:self.length], self.v[:, :, start:self.length] = k, v
-        return self.k[:, :, :self.length], self.v[:, :, :self.length]
-
-
-class Cache:
-    """What earlier tokens left behind: positions and spans, and for each layer keys, values and who was selected."""
-
-    def __init__(self, config: ModelConfig, batch: int, max_length: int, device=None):
-        self.layers = [LayerCache(max_length) for _ in range(config.n_layer)]
-        self.live = torch.zeros(config.n_layer, batch, max_length, dtype=torch.bool, device=device)
-        self.positions = torch.zeros(batch, max_length, dtype=torch.long, device=device)
-        self.spans = torch.zeros_like(self.positions)
-        self.valid = torch.zeros_like(self.positions, dtype=torch.bool)
-        self.length = 0
-        self.n_image = 0                                   # image tokens so far, (B, 1) after the first forward
-
-    def count(self) -> Tensor:
-        """(B, 1) long: valid tokens so far, the position of the next one."""
-        return self.valid.sum(1, keepdim=True)
-
-    def begin(self, context: Context) -> None:
-        """Store the new tokens' places before the first layer runs."""
-        new = slice(self.length, self.length + context.positions.shape[1])
-        self.positions[:, new] = context.positions
-        self.spans[:, new] = 0 if context.spans is None else context.spans
-        self.valid[:, new] = True if context.valid is None else context.valid
-
-    def end(self, context: Context) -> None:
-        self.length += context.positions.shape[1]
-
-    def mask(self, layer: int, context: Context, selected: Tensor | None) -> Tensor:
-        """(B, 1, t, T) bool: the mask rule of transformer.py over the tokens that this layer kept, plus oneself."""
-        t = context.positions.shape[1]
-        stop = self.length + t
-        self.live[layer, :, self.length:stop] = True if selected is None else selected
-        see = self.positions[:, None, :stop] <= context.positions[:, :, None]
-        if context.spans is not None:
-            see = see | ((self.spans[:, None, :stop] == context.spans[:, :, None]) & (context.spans != 0)[:, :, None])
-        see = see & self.live[layer, :, None, :stop]
-        oneself = torch.eye(t, stop, dtype=torch.bool, device=see.device).roll(self.length, 1)
-        return (see | oneself)[:, None]
 
 
 class Decoder:
@@ -79,8 +25,7 @@ class Decoder:
 
     def __init__(self, model: UnifiedTransformer, task: str, routing: str, batch: int, max_length: int):
         self.model, self.task, self.routing = model, task, routing
-        device = next(model.parameters()).device
-        self.cache = Cache(model.config, batch, max_length, device) if routing == "causal" else None
+        self.cache = Cache(model, task, batch, max_length) if routing == "causal" else None
         self.seen = None
 
     def __call__(self, ids: Tensor, valid: Tensor | None = None, spans: Tensor | None = None) -> Tensor:
@@ -105,21 +50,37 @@ def left_pad(rows: list, pad: int, device) -> tuple[Tensor, Tensor]:
     return ids, valid
 
 
-def sample(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
-    """logits (B, V) -> ids (B,): argmax at temperature 0, else a draw from softmax(logits / temperature)."""
+def sample(logits: Tensor, temperature: float, generator: torch.Generator | None, top_k: int | None = None,
+           top_p: float = 1.0) -> Tensor:
+    """logits (B, V) -> ids (B,): argmax at temperature 0, else a draw from softmax(logits / temperature).
+
+    top_k: only the k likeliest ids; top_p: only the likeliest ids that reach this probability together, at least one.
+    """
     if temperature == 0:
         return logits.argmax(-1)
-    probabilities = (logits.float() / temperature).softmax(-1).cpu()
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1).to(logits.device)
+    p, ids = (logits.float() / temperature).softmax(-1).cpu().sort(dim=-1, descending=True)       # (B, V)
+    before = p.cumsum(-1) - p                              # probability of the likelier ids
+    drop = (before >= top_p) | (torch.arange(p.shape[-1]) >= (top_k or p.shape[-1]))
+    drop[:, 0] = False
+    drawn = torch.multinomial(p.masked_fill(drop, 0.0), 1, generator=generator)
+    return ids.gather(1, drawn).squeeze(1).to(logits.device)
+
+
+def check_sampling(temperature: float, top_k: int | None = None, top_p: float = 1.0) -> None:
+    if temperature < 0 or not 0 < top_p <= 1 or (top_k is not None and top_k < 1):
+        raise ValueError(f"temperature must be >= 0, top_k >= 1 and top_p in (0, 1], got {temperature}, {top_k}, {top_p}")
 
 
 @torch.no_grad()
 def generate_text(model: UnifiedTransformer, tokenizer: Tokenizer, image: Tensor, question, routing: str = "causal",
-                  temperature: float = 0.0, max_tokens: int | None = None, seed: int = 0):
+                  temperature: float = 0.0, max_tokens: int | None = None, seed: int = 0, top_k: int | None = None,
+                  top_p: float = 1.0, stop: tuple = ()):
     """Answer questions on pictures, free-running.
 
-    image: uint8 (H, W, 3) with a str, or (B, H, W, 3) with a list of str. Returns a str, or a list of them.
+    image: uint8 (H, W, 3) with a str, or (B, H, W, 3) with a list of str. Returns a str, or a list of them. An answer
+    ends before the tokenizer's eot, any id of `stop`, or after max_tokens (default: the tokenizer's text budget).
     """
+    check_sampling(temperature, top_k, top_p)
     single = isinstance(question, str)
     images, questions = (image[None], [question]) if single else (image, list(question))
     if len(images) != len(questions):
@@ -136,19 +97,20 @@ def generate_text(model: UnifiedTransformer, tokenizer: Tokenizer, image: Tensor
     if steps < 1 or room < 1:
         raise ValueError(f"generate_text: {ids.shape[1]} tokens of prompt and {steps} to write, but max_length is "
                          f"{model.config.max_length}: ask for at least one token, shorten the question or raise max_length")
-    steps = min(steps, room)
+    steps, stops = min(steps, room), torch.tensor([tokenizer.eot, *stop], device=device)
     decode = Decoder(model, "mmu", routing, len(ids), ids.shape[1] + steps)
     generator, done = torch.Generator().manual_seed(seed), torch.zeros(len(ids), dtype=torch.bool, device=device)
     answers = []
     for _ in range(steps):
-        token = sample(decode(ids, valid, spans), temperature, generator).masked_fill(done, tokenizer.eot)
-        answers.append(token)
-        done |= token == tokenizer.eot
+        token = sample(decode(ids, valid, spans), temperature, generator, top_k, top_p)
+        done = done | torch.isin(token, stops)             # a row that has ended is padding from here on
+        answers.append(token.masked_fill(done, tokenizer.eot))
         if done.all():
             break
-        ids, valid, spans = token[:, None], None, None
-    rows = torch.stack(answers, 1).tolist()
-    texts = [tokenizer.text.decode(row[:row.index(tokenizer.eot)] if tokenizer.eot in row else row) for row in rows]
+        ids, valid, spans = answers[-1][:, None], ~done[:, None], None
+    texts = []
+    for row in torch.stack(answers, 1).tolist():
+        texts.append(tokenizer.text.decode(row[:row.index(tokenizer.eot)] if tokenizer.eot in row else row))
     return texts[0] if single else texts
 
 
@@ -159,6 +121,9 @@ def generate_image(model: UnifiedTransformer, tokenizer: Tokenizer, prompt, rout
 
     guidance w > 0 pushes away from the picture without a caption: c + w (c - u). steps: of Show-o's parallel decoding.
     """
+    check_sampling(temperature)
+    if steps < 1:
+        raise ValueError(f"generate_image: steps must be at least 1, got {steps}")
     single = isinstance(prompt, str)
     prompts = [prompt] if single else list(prompt)
     model.eval()
@@ -208,12 +173,11 @@ def draw_parallel(model, tokenizer, prompts, routing, temperature, guidance, ste
     device = next(model.parameters()).device
     streams = prompts + [""] * count if guidance else prompts
     batch = tokenizer.t2i(streams, torch.zeros(len(streams), h, w, dtype=torch.long)).to(device)
-    image = slice(-N - 1, -1)                              # soi N codes eoi stand at the end
+    look = parallel_model(model, batch, routing, N + 2)
     codes = torch.full((count, N), tokenizer.mask_id, device=device)
     for step in range(1, steps + 1):
-        batch.ids[:, image] = codes.repeat(len(streams) // count, 1)
-        logits = model(**batch.inputs(), task="t2i", routing=routing).logits[:, image]
-        logits = guided(logits, guidance)[..., tokenizer.image_start:tokenizer.image_end]      # (B, N, n_codes)
+        batch.ids[:, -N - 1:-1] = codes.repeat(len(streams) // count, 1)     # soi N codes eoi stand at the end
+        logits = guided(look()[:, 1:-1], guidance)[..., tokenizer.image_start:tokenizer.image_end]   # (B, N, n_codes)
         drawn = sample(logits.flatten(0, 1), temperature, generator).view(count, N)
         hidden = codes == tokenizer.mask_id
         confidence = logits.float().log_softmax(-1).gather(2, drawn[..., None]).squeeze(2)
@@ -224,3 +188,20 @@ def draw_parallel(model, tokenizer, prompts, routing, temperature, guidance, ste
         if step < steps and n_mask > 0:
             codes.scatter_(1, confidence.argsort(1)[:, :n_mask], tokenizer.mask_id)
     return (codes - tokenizer.image_start).view(count, h, w).cpu()
+
+
+def parallel_model(model, batch, routing: str, n: int):
+    """A function from the present ids of `batch` to the logits (B, n, V) of its last n tokens, the span.
+
+    causal: the prompt is prefilled once, and each call routes and runs the span alone behind it; topk: everything anew.
+    """
+    if routing != "causal":
+        return lambda: model(**batch.inputs(), task="t2i", routing=routing).logits[:, -n:]
+    cache = Cache(model, "t2i", *batch.ids.shape)
+    model(batch.ids[:, :-n], task="t2i", valid=batch.valid[:, :-n], routing="causal", cache=cache)
+    prompt = cache.mark()
+
+    def look() -> Tensor:
+        cache.rewind(prompt)
+        return model(batch.ids[:, -n:], task="t2i", spans=batch.spans[:, -n:], routing="causal", cache=cache).logits
+    return look

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .routers import predictor_loss
+from .routers import MEMBERSHIP_WEIGHT, predictor_loss
 from .tokenizer import IGNORE, Batch, Tokenizer
 
 TASK_WEIGHTS = {"t2i": 1.0, "mmu": 1.0, "lm": 0.1}
@@ -23,7 +23,7 @@ TASK_WEIGHTS = {"t2i": 1.0, "mmu": 1.0, "lm": 0.1}
 
 class Losses(NamedTuple):
     task: Tensor           # cross-entropy, mean over the labelled tokens: a scalar
-    predictor: Tensor      # binary cross-entropy, mean over the routed layers: a scalar
+    predictor: Tensor      # binary cross-entropy of membership, weighted, mean over the routed layers: a scalar
 
 
 def drop_prompts(captions: list, rate: float, rng: Random) -> list:
@@ -55,5 +55,6 @@ def task_losses(model, batch: Batch, task: str) -> Losses:
     """One forward with top-k routing."""
     out = model(**batch.inputs(), task=task)
     routed = [predictor_loss(routing, batch.valid) for routing in out.routing if routing is not None]
-    membership = torch.stack(routed).mean() if routed else out.logits.new_zeros(())
+    weight = MEMBERSHIP_WEIGHT[model.config.membership]
+    membership = weight * torch.stack(routed).mean() if routed else out.logits.new_zeros(())
     return Losses(cross_entropy(out.logits, batch.labels), membership)

@@ -127,8 +127,8 @@ class Routing(NamedTuple):
 # Selection: scores -> ranks -> slots. No loop over the batch, no device sync, static shapes.
 # --------------------------------------------------------------------------------------------------------------
 
-def tie_order(batch: int, length: int, valid: Tensor | None, device) -> Tensor:
-    """(B, T) long: the order in which equal scores are chosen, padding last.
+def tie_order(batch: int, length: int, valid: Tensor | None, device, before: Tensor | int = 0) -> Tensor:
+    """(B, T) long: the order in which equal scores are chosen, padding last. before: valid tokens in earlier chunks.
 
     The n-th valid token has priority frac(n x golden ratio): the first k in that order are spread evenly over the
     sequence for every k. For 8 tokens: 0 5 2 7 4 1 6 3. (All scores are 0 at the start: choosing the first k
@@ -137,7 +137,7 @@ def tie_order(batch: int, length: int, valid: Tensor | None, device) -> Tensor:
     if valid is None:
         rank = torch.arange(length, device=device).expand(batch, length)
         return ((rank * GOLDEN) % 2**32).argsort(1)
-    rank = valid.long().cumsum(1) - 1
+    rank = valid.long().cumsum(1) - 1 + before
     return torch.where(valid, (rank * GOLDEN) % 2**32, 2**32).argsort(dim=1, stable=True)
 
 
@@ -151,10 +151,21 @@ def descending_rank(scores: Tensor, order: Tensor, eligible: Tensor | None = Non
                                              .expand_as(ranked))
 
 
-def row_capacity(keep: float, valid: Tensor) -> Tensor:
-    """(B, 1) long: k_b = floor(keep T_b + 1/2) of a row with T_b valid tokens."""
+def row_capacity(keep: float, valid: Tensor, before: Tensor | int = 0) -> Tensor:
+    """(B, 1) long: k_b = floor(keep T_b + 1/2) of a row with T_b valid tokens (`before` of them in earlier chunks)."""
     precision = torch.float32 if valid.device.type == "mps" else torch.float64  # MPS has no float64
-    return (valid.sum(1, keepdim=True).to(precision) * keep + 0.5).floor().long()
+    return ((valid.sum(1, keepdim=True) + before).to(precision) * keep + 0.5).floor().long()
+
+
+def span_number(spans: Tensor, valid: Tensor) -> Tensor:
+    """(B, T) long: 1 for the tokens of a row's first span, 2 for the second .., 0 outside spans and for padding.
+
+    spans 0 7 7 0 3  ->  0 1 1 0 2. A span is a run of one id; padding inside does not end it.
+    """
+    spans = spans * valid
+    last = torch.where(valid, torch.arange(spans.shape[1], device=spans.device), 0).cummax(1).values
+    previous = F.pad(spans.gather(1, last)[:, :-1], (1, 0))                  # span of the valid token before
+    return ((spans != 0) & (spans != previous)).cumsum(1) * (spans != 0)
 
 
 def slots(selected: Tensor, n_slot: int) -> tuple[Tensor, Tensor]:
@@ -193,10 +204,15 @@ GATES = {  # g(0) = 1 for every one of them
     "tanh": lambda r: 1 + 0.2 * torch.tanh(r),  # p-MoD (arXiv 2412.04449)
 }
 
+# MoD's two cures for looking ahead, and the weight of their loss. "predictor": a small MLP on the detached input, which
+# never moves the model. "router": an auxiliary loss on the router's own score, which then decides by itself.
+MEMBERSHIP_WEIGHT = {"predictor": 1.0, "router": 0.1}
+
 
 class TaskRouter(nn.Module):
     """Router, predictor and threshold of one layer and one task (or of one layer, when the plan shares routers).
 
+    predictor_width 0: no predictor, the score is the membership logit too (ModelConfig.membership = "router").
     The threshold belongs to the task even when the router is shared, so it is kept by task name.
     """
 
@@ -204,45 +220,51 @@ class TaskRouter(nn.Module):
         super().__init__()
         self.score = nn.Linear(width, 1)
         nn.init.zeros_(self.score.weight), nn.init.zeros_(self.score.bias)
-        self.predictor = nn.Sequential(nn.Linear(width, predictor_width), nn.SiLU(), nn.Linear(predictor_width, 1))
+        self.predictor = nn.Sequential(nn.Linear(width, predictor_width), nn.SiLU(),
+                                       nn.Linear(predictor_width, 1)) if predictor_width else None
         for task in tasks:
             self.register_buffer(f"threshold_{task}", torch.zeros(()))
 
-    def forward(self, x: Tensor, task: str, keep: float, context, rule: str) -> Routing:
-        """x (B, T, D) -> Routing. rule: "topk" looks at the whole sequence, "causal" decides token by token."""
+    def forward(self, x: Tensor, task: str, keep: float, context, rule: str, before=(0, 0)) -> Routing:
+        """x (B, T, D) -> Routing. rule: "topk" looks at the whole sequence, "causal" decides token by token.
+
+        before: how many tokens earlier chunks had, and how many of those this layer kept, (B, 1) each.
+        """
         with torch.autocast(x.device.type, enabled=False):  # bf16 scores would tie by the dozen
             scores = self.score(x.to(self.score.weight.dtype)).squeeze(-1)                # r = R_t(x)   (B, T)
-        logits = self.predictor(x.detach()).squeeze(-1)     # stop-gradient: never moves the model     (B, T)
+        # stop-gradient: the predictor never moves the model                                             (B, T)
+        logits = scores if self.predictor is None else self.predictor(x.detach()).squeeze(-1)
         if rule == "topk":
             indices, live, selected = select_topk(scores, keep, context.valid, context.order)
         else:
-            selected = self.causal_selection(scores, logits, task, keep, context)
+            selected = self.causal_selection(scores, logits, task, keep, context, before)
             indices, live = slots(selected, int(selected.sum(1).max()))
         return Routing(indices, live, selected, scores, logits)
 
-    def causal_selection(self, scores, logits, task, keep, context) -> Tensor:
+    def causal_selection(self, scores, logits, task, keep, context, before=(0, 0)) -> Tensor:
         """(B, T) bool: token i is kept when predictor_i > threshold.
 
-        Show-o generates an image in parallel, so in t2i the last span of a row may rank itself: it takes the top
-        (K - kept tokens of the prompt before it) of its own tokens, clamped to [0, length of the span].
+        Show-o generates an image in parallel, so in t2i a span ranks itself: of its own tokens it takes the top
+        K - (tokens kept before it), clamped to [0, its length], where K counts the tokens up to its end.
         """
         selected = logits > getattr(self, f"threshold_{task}").to(logits.dtype)
         valid = torch.ones_like(selected) if context.valid is None else context.valid
         selected = selected & valid
         if task != "t2i" or context.spans is None:
             return selected
-        spans = context.spans * valid
-        index = torch.arange(spans.shape[1], device=spans.device)
-        last = ((spans != 0) * index).argmax(1, keepdim=True)                # (B, 1) where the last span ends
-        image = (spans == spans.gather(1, last)) & (spans != 0)
-        prompt = selected & (image.cumsum(1) == 0)
-        budget = (row_capacity(keep, valid) - prompt.sum(1, keepdim=True)).clamp(min=0)
-        rank = descending_rank(scores, context.order, image)
-        return (selected & ~image) | (image & (rank < budget))
+        number = span_number(context.spans, valid)
+        for n in range(1, int(number.max()) + 1):          # one span a row in every layout: one round
+            image = number == n
+            earlier = image.cumsum(1) == 0
+            kept = before[1] + (selected & earlier).sum(1, keepdim=True)
+            budget = (row_capacity(keep, valid & (earlier | image), before[0]) - kept).clamp(min=0)
+            rank = descending_rank(scores, context.order, image)
+            selected = (selected & ~image) | (image & (rank < budget))
+        return selected
 
 
 def predictor_loss(routing: Routing, valid: Tensor | None) -> Tensor:
-    """Binary cross-entropy of the predictor against membership in the top k, mean over valid tokens: a scalar."""
+    """Binary cross-entropy of the membership logits against membership in the top k, mean over valid tokens: a scalar."""
     loss = F.binary_cross_entropy_with_logits(routing.predictor.float(), routing.selected.float(), reduction="none")
     return loss.mean() if valid is None else (loss * valid).sum() / valid.sum().clamp(min=1)
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .routers import GATES, TASKS, Plan, TaskRouter, add_tokens, gather_tokens, tie_order
+from .routers import GATES, MEMBERSHIP_WEIGHT, TASKS, Plan, TaskRouter, add_tokens, gather_tokens, tie_order
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,17 @@ class ModelConfig:
     attention_dropout: float = 0.0
     image_positions: int = 0       # > 0: a learned position for each of that many image tokens (toy sizes only)
     gate: str = "tanh"             # routers.GATES
-    predictor_width: int = 0       # hidden width of the membership predictor, 0: d_model / 4
+    membership: str = "predictor"  # who decides causally: a "predictor" beside the router, or the "router" itself
+    predictor_width: int = 0       # hidden width of the predictor, 0: d_model / 4
 
     def __post_init__(self):
         if self.backbone not in ("showo", "emu3"):
             raise ValueError(f"ModelConfig: backbone must be showo or emu3, got {self.backbone!r}")
         if self.gate not in GATES:
             raise ValueError(f"ModelConfig: gate must be one of {', '.join(GATES)}, got {self.gate!r}")
+        if self.membership not in MEMBERSHIP_WEIGHT:
+            raise ValueError(f"ModelConfig: membership must be one of {', '.join(MEMBERSHIP_WEIGHT)}, got "
+                             f"{self.membership!r}")
         if self.d_model % self.n_head or self.n_head % self.n_kv_head:
             raise ValueError(f"ModelConfig: n_head={self.n_head} must divide d_model={self.d_model} and be a multiple "
                              f"of n_kv_head={self.n_kv_head}")
@@ -61,7 +65,8 @@ class ModelConfig:
 
     @property
     def predictor_hidden(self) -> int:
-        return self.predictor_width or max(self.d_model // 4, 1)
+        """Hidden width of the predictor; 0: there is none, the router itself decides."""
+        return 0 if self.membership == "router" else self.predictor_width or max(self.d_model // 4, 1)
 
     @classmethod
     def preset(cls, name: str) -> "ModelConfig":
@@ -134,6 +139,13 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 # The block
 # --------------------------------------------------------------------------------------------------------------
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False, dropout: float = 0.0):
+    """softmax(q k^T / sqrt(d) + mask) v in the dtype of q: q (B, H, T, d), k and v (B, G, T', d) -> (B, H, T, d)."""
+    with torch.autocast(q.device.type, enabled=False):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout,
+                                              enable_gqa=q.shape[1] != k.shape[1])
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -151,19 +163,16 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(B, T, H + 2 * G, -1)                          # (B, T, H + 2G, d)
         q, k, v = qkv.split((H, G, G), dim=2)
         q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        on_cpu = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+        dtype = torch.float32 if on_cpu else v.dtype       # bf16 attention is slower than float32 on a CPU
+        return (x.to(dtype).transpose(1, 2) for x in (q, k, v))
 
     def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None, cache=None) -> Tensor:
         q, k, v = self.queries_keys_values(x, rope)
         if cache is not None:
-            k, v = cache.append(k, v)
-        on_cpu = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
-        with torch.autocast(x.device.type, enabled=not on_cpu and torch.is_autocast_enabled(x.device.type)):
-            if on_cpu:                                     # bf16 attention is slower than float32 on a CPU
-                q, k, v = q.float(), k.float(), v.float()
-            y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1],
-                dropout_p=self.config.attention_dropout if self.training else 0.0)
+            y = cache.attend(q, k, v)
+        else:
+            y = attend(q, k, v, mask, mask is None, self.config.attention_dropout if self.training else 0.0)
         return self.out(y.transpose(1, 2).reshape(x.shape))                  # (B, H, T, d) -> (B, T, D)
 
 
@@ -311,15 +320,19 @@ class UnifiedTransformer(nn.Module):
         return add_tokens(x, indices, update), decision
 
     def cached_layer(self, layer: int, x: Tensor, task: str, context: Context, cache):
-        """The same with earlier tokens' keys and values: a token that is not selected leaves no key behind."""
-        keep, block, decision = self.plan.keep[task][layer], self.blocks[layer], None
-        selected, gate = context.valid, 1.0
+        """The same behind a cache: the selected tokens alone, packed row by row to (1, N, D), whatever their number."""
+        keep, own, decision, token = self.plan.keep[task][layer], cache.layers[layer], None, cache.everyone
         if keep < 1.0:
-            decision = self.router(layer, task)(x, task, keep, context, "causal")
-            selected, gate = decision.selected, GATES[self.config.gate](decision.scores)[..., None]
-        mask = cache.mask(layer, context, selected)
-        update = gate * block(x, context.rope, mask, cache.layers[layer])
-        return x + (update if selected is None else update.masked_fill(~selected[..., None], 0.0)), decision
+            decision = self.router(layer, task)(x, task, keep, context, "causal", (cache.count, own.count[:, None]))
+            token = decision.selected.nonzero(as_tuple=True)                               # rows (N,), columns (N,)
+        if len(token[0]) == 0:
+            return x, decision
+        own.begin(token[0], context.positions[token], None if context.spans is None else context.spans[token])
+        packed = x[token]                                                                  # (N, D)
+        update = self.blocks[layer](packed[None], context.rope[token][None], None, own)[0]
+        if decision is not None:
+            update = GATES[self.config.gate](decision.scores[token])[:, None] * update
+        return x.index_put(token, (packed + update).to(x.dtype)), decision
 
     def subset_mask(self, context: Context, indices: Tensor, live: Tensor | None) -> Tensor | None:
         """The mask of the kept tokens, from their own positions and spans. Spare slots sort last: causal hides them."""
@@ -329,15 +342,16 @@ class UnifiedTransformer(nn.Module):
         return attention_mask(context.positions.gather(1, indices), spans, live)
 
     def context(self, ids, positions, spans, valid, cache=None) -> Context:
-        batch, length = ids.shape
-        counted = positions is None
+        counted, before = positions is None, 0 if cache is None else cache.count           # valid tokens so far
+        if cache is not None and valid is None:
+            valid = torch.ones_like(ids, dtype=torch.bool)
         if counted:
             new = torch.ones_like(ids) if valid is None else valid.long()
-            positions = (new.cumsum(1) - 1 + (0 if cache is None else cache.count())).clamp(min=0)
-        causal = (counted and valid is None and spans is None) or cache is not None
-        mask = None if causal else attention_mask(positions, spans, valid)
+            positions = (new.cumsum(1) - 1 + before).clamp(min=0)
+        plain = cache is not None or (counted and valid is None and spans is None)
+        mask = None if plain else attention_mask(positions, spans, valid)
         rope = rotary(positions, self.config.rope_dims, self.config.rope_theta)
-        return Context(positions, spans, valid, tie_order(batch, length, valid, ids.device), rope, mask, counted)
+        return Context(positions, spans, valid, tie_order(*ids.shape, valid, ids.device, before), rope, mask, counted)
 
     def check(self, ids, task, positions, spans, valid, routing, cache) -> None:
         """Every error here is about the call, not about tensor values, except the id range on a CPU."""
@@ -347,12 +361,19 @@ class UnifiedTransformer(nn.Module):
             raise ValueError(f'routing must be "topk" or "causal", got {routing!r}')
         if cache is not None and routing != "causal":
             raise ValueError('a cache needs routing="causal": top-k over a sequence changes when it grows')
+        if cache is not None and (cache.task, cache.batch) != (task, len(ids)):
+            raise ValueError(f"this cache is for {cache.batch} rows of {cache.task!r}, got {len(ids)} of {task!r}: make a "
+                             "new one")
+        if cache is not None and positions is not None:
+            raise ValueError("positions are counted by the cache: leave them out")
         if ids.dim() != 2 or ids.numel() == 0 or ids.dtype != torch.long:
             raise ValueError(f"ids must be (B, T) long with B, T >= 1, got {tuple(ids.shape)} {ids.dtype}")
         length = ids.shape[1] + (0 if cache is None else cache.length)
         if length > self.config.max_length:
             raise ValueError(f"{length} tokens, but max_length is {self.config.max_length}: shorten the sequence or "
                              "raise max_length in the config")
+        if cache is not None and length > cache.max_length:
+            raise ValueError(f"{length} tokens, but this cache was made for {cache.max_length}")
         for name, tensor in (("positions", positions), ("spans", spans), ("valid", valid)):
             if tensor is not None and tensor.shape != ids.shape:
                 raise ValueError(f"{name} must have the shape of ids {tuple(ids.shape)}, got {tuple(tensor.shape)}")

@@ -1,0 +1,146 @@
+"""The key/value cache of causal inference: a layer remembers the tokens that it routed, and no others.
+
+A sequence is fed in any number of chunks that cut no bidirectional span. In every layer the tokens which it selected
+are packed, row by row, into (1, N, D) and the block runs on them alone: a skipped token computes nothing, attends to
+nothing and leaves nothing behind. Row b of a layer fills its slots 0 .. count_b - 1 in the order of the sequence:
+
+    keep 1:    t0 t1 t2 t3 t4         keep 0.4:  row 0: t1 t4 --        keep 0:  nothing is stored
+                                                 row 1: t0 t2 t3
+
+Departure from the usual: rows of one batch have different lengths in the same layer, so slots carry positions.
+
+Legend: B rows, t new tokens a row, N new tokens that a layer routes (all rows), M at most of one row, S slots,
+R rows with new tokens, H heads, G key/value heads, d head width.
+"""
+
+import torch
+from torch import Tensor
+
+from .routers import capacity
+from .transformer import Context, UnifiedTransformer, attend
+
+
+class LayerCache:
+    """One layer: k and v (B, G, S, d), positions (B, S) int32, count (B,) of the slots in use."""
+
+    def __init__(self, batch: int, n_slot: int, limit: int, device=None):
+        self.n_slot, self.limit = n_slot, limit
+        self.count = torch.zeros(batch, dtype=torch.long, device=device)
+        self.k = self.v = self.positions = None            # made with the first tokens, which know dtype and width
+
+    def begin(self, row: Tensor, positions: Tensor, spans: Tensor | None) -> None:
+        """Which packed tokens come next: row, positions and spans (N,), row by row in the order of the sequence."""
+        self.row, self.new_positions, self.new_spans = row, positions, spans
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Stores k and v (1, G, N, d) of the packed tokens; q (1, H, N, d) -> (1, H, N, d), each over its own row."""
+        new = torch.bincount(self.row, minlength=len(self.count))                          # (B,)
+        column = torch.arange(len(self.row), device=q.device) - (new.cumsum(0) - new)[self.row]
+        slot, self.count = self.count[self.row] + column, self.count + new
+        counts, fresh = self.count.tolist(), new.tolist()
+        self.reserve(max(counts), k, v)
+        self.k[self.row, :, slot], self.v[self.row, :, slot] = k[0].transpose(0, 1), v[0].transpose(0, 1)
+        self.positions[self.row, slot] = self.new_positions.to(torch.int32)
+        even = min(fresh) == max(fresh) and min(counts) == max(counts)
+        if max(fresh) == 1 and not even and q.device.type == "cpu":
+            return self.attend_one_by_one(q, counts)
+        return self.attend_together(q, slot, column, max(fresh), max(counts), even)
+
+    def attend_one_by_one(self, q: Tensor, counts: list) -> Tensor:
+        """Decoding on a CPU: every routed row over exactly its own slots. No row's cache is copied or read in vain."""
+        rows = [attend(q[:, :, n:n + 1], self.k[b:b + 1, :, :counts[b]], self.v[b:b + 1, :, :counts[b]])
+                for n, b in enumerate(self.row.tolist())]
+        return torch.cat(rows, 2)
+
+    def attend_together(self, q: Tensor, slot: Tensor, column: Tensor, M: int, S: int, even: bool) -> Tensor:
+        """One kernel for all rows: the packed queries in a grid (R, H, M, d), the mask rule over the slots in use."""
+        rows, grid_row = torch.unique(self.row, return_inverse=True)                        # (R,), (N,)
+        everyone = len(rows) == len(self.count)
+        k, v = (self.k, self.v) if everyone else (self.k[rows], self.v[rows])
+        k, v = k[:, :, :S], v[:, :, :S]                                                     # (R, G, S, d)
+        grid = q.new_zeros(len(rows), M, *q.shape[1::2])                                    # (R, M, H, d)
+        grid[grid_row, column] = q[0].transpose(0, 1)
+        plain = even and everyone and self.new_spans is None and M in (1, S)
+        mask = None if plain else self.mask(rows, grid_row, slot, column, M, S)
+        y = attend(grid.transpose(1, 2), k, v, mask, causal=plain and M > 1)                # (R, H, M, d)
+        return y.transpose(1, 2)[grid_row, column].transpose(0, 1)[None]
+
+    def mask(self, rows, grid_row, slot, column, M: int, S: int) -> Tensor:
+        """(R, 1, M, S) bool: a used slot, and pos_j <= pos_i or both new and in the same span."""
+        position = self.positions.new_zeros(len(rows), M)
+        position[grid_row, column] = self.new_positions.to(torch.int32)
+        used = torch.arange(S, device=slot.device) < self.count[rows, None]                 # (R, S)
+        see = self.positions[rows, None, :S] <= position[:, :, None]
+        if self.new_spans is not None:
+            mine, theirs = slot.new_zeros(len(rows), M), slot.new_zeros(len(rows), S)
+            mine[grid_row, column], theirs[grid_row, slot] = self.new_spans, self.new_spans
+            see = see | ((theirs[:, None] == mine[:, :, None]) & (mine != 0)[:, :, None])
+        return (see & used[:, None])[:, None]
+
+    def reserve(self, n: int, k: Tensor, v: Tensor) -> None:
+        """Make room for n slots a row: the plan's capacity at first, half as much again whenever a row needs more."""
+        if self.k is not None and n <= self.n_slot:
+            return
+        old, batch = (self.k, self.v, self.positions), len(self.count)
+        if n > self.n_slot:
+            self.n_slot = max(n, min(self.limit, self.n_slot + self.n_slot // 2))
+        self.k, self.v = (x.new_zeros(batch, x.shape[1], self.n_slot, x.shape[3]) for x in (k, v))
+        self.positions = torch.zeros(batch, self.n_slot, dtype=torch.int32, device=k.device)
+        if old[0] is not None:
+            S = old[0].shape[2]
+            self.k[:, :, :S], self.v[:, :, :S], self.positions[:, :S] = old
+
+    def nbytes(self, used: bool = False) -> int:
+        """Bytes allocated for keys, values, positions and counts; used: of the routed tokens alone."""
+        if self.k is None:
+            return 0 if used else tensor_bytes(self.count)
+        stored = sum(map(tensor_bytes, (self.k, self.v, self.positions)))
+        if used:
+            return stored // self.positions.numel() * int(self.count.sum())
+        return stored + tensor_bytes(self.count)
+
+
+class Cache:
+    """What earlier tokens left behind in a model, for one task: a LayerCache a layer, None where the plan skips it.
+
+    batch rows of at most max_length tokens each, padding counted. Pass it to every forward of the same rows with
+    routing="causal". Raises ValueError for an unknown task.
+    """
+
+    def __init__(self, model: UnifiedTransformer, task: str, batch: int, max_length: int):
+        if task not in model.plan.tasks:
+            raise ValueError(f"unknown task {task!r}: this model's plan knows {', '.join(model.plan.tasks)}")
+        self.task, self.batch, self.max_length, self.length = task, batch, max_length, 0
+        device = next(model.parameters()).device
+        self.layers = [LayerCache(batch, max(1, capacity(keep, max_length)), max_length, device) if keep else None
+                       for keep in model.plan.keep[task]]
+        self.count = torch.zeros(batch, 1, dtype=torch.long, device=device)        # valid tokens so far
+        self.n_image = torch.zeros_like(self.count)                                # image tokens so far
+
+    def begin(self, context: Context) -> None:
+        """Before the first layer: the packed coordinates of all valid tokens, which dense layers route."""
+        self.everyone = context.valid.nonzero(as_tuple=True)
+
+    def end(self, context: Context) -> None:
+        self.length += context.valid.shape[1]
+        self.count = self.count + context.valid.sum(1, keepdim=True)
+
+    def mark(self) -> tuple:
+        """Where the cache stands now, for rewind."""
+        return self.length, self.count, self.n_image, [layer and layer.count for layer in self.layers]
+
+    def rewind(self, mark: tuple) -> None:
+        """Forget all tokens after `mark`: Show-o draws its picture anew in every step behind the same prompt."""
+        self.length, self.count, self.n_image, counts = mark
+        for layer, count in zip(self.layers, counts):
+            if layer is not None:
+                layer.count = count
+
+    def nbytes(self, used: bool = False) -> int:
+        """Bytes allocated; used: those of the routed tokens' keys, values and positions alone."""
+        layers = sum(layer.nbytes(used) for layer in self.layers if layer is not None)
+        return layers if used else layers + tensor_bytes(self.count) + tensor_bytes(self.n_image)
+
+
+def tensor_bytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()
