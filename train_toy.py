@@ -23,8 +23,9 @@ from tqdm import tqdm
 from unimod_mini import (METHODS, ModelConfig, Palette, Pictures, Plan, Tokenizer, UnifiedTransformer, World, WordText,
                          arank_table, calibrate, count_flops, generate_image, generate_text, load_image_folder,
                          make_optimizers, plan_for_budget, predictor_report, save_checkpoint, train_step)
-from unimod_mini.evaluate import blind_accuracy, evaluate, save_png, terminal
+from unimod_mini.evaluate import blind_accuracy, evaluate
 from unimod_mini.objectives import drop_prompts, mask_image_tokens
+from unimod_mini.show import save_png, terminal
 from unimod_mini.trainer import find_device, learning_rate, precision, seed_everything
 
 # --------------------------------------------------------------------------------------------------------------
@@ -217,9 +218,19 @@ def report(metrics: dict, plan: Plan) -> None:
     print("worst category: " + ", ".join(f"{key} {name} {value:.1%}" for key, (value, name) in worst.items()))
     print("GFLOP: training FLOPs of one sample of each task, full n x n attention. Saved: {routed_phase:.1%} in the "
           "routed phase, {whole_run:.1%} over both phases.".format(**metrics["saved"]))
-    print("predictor: " + ", ".join(f"{name} {value:.3f}" for name, value in metrics["predictor"].items()))
+    report_predictors(metrics["predictor"])
     print(f"aimed at: t2i {AIMS['t2i']:.0%}, mmu {AIMS['mmu']:.0%}, {1 - SETTINGS[metrics['backbone']]['budget']:.0%} saved "
           f"(toy world, default steps). This run took {metrics['seconds'] / 60:.1f} minutes.")
+
+
+def report_predictors(predictor: dict) -> None:
+    """One line for each routed layer and task, and the means."""
+    names = [name for name in predictor if name != "by_layer"]
+    print("\nmembership" + "".join(f"{name.removeprefix('capacity_'):>11}" for name in names))
+    for row in [*predictor["by_layer"], {"task": "mean", "layer": ""} | predictor]:
+        print(f"{row['task']:<6}{row['layer']:>4}" + "".join(f"{row[name]:>11.3f}" for name in names))
+    print("accuracy against top-k beside the commoner answer's base rate; share of tokens kept: trained (top-k), realised "
+          "(causal)\n")
 
 
 def write_results(out: Path, metrics: dict, model, tokenizer, world, drawing: dict) -> None:
@@ -239,9 +250,7 @@ def write_results(out: Path, metrics: dict, model, tokenizer, world, drawing: di
     with open(out / "metrics.json.tmp", "w") as file:
         json.dump(metrics, file, indent=1)
     os.replace(out / "metrics.json.tmp", out / "metrics.json")
-    save_checkpoint(out / "checkpoint.pt", model, tokenizer={
-        "backbone": tokenizer.backbone, "words": tokenizer.text.words, "patches": tokenizer.image.patches,
-        "grid": list(tokenizer.grid), "text_length": tokenizer.text_length})
+    save_checkpoint(out / "checkpoint.pt", model, tokenizer=tokenizer.state(), drawing=drawing)
     print(f"{out}/metrics.json, {out}/plan.json, {out}/checkpoint.pt written")
 
 

@@ -147,6 +147,39 @@ def test_sample():
     assert (sample(many, 1e-3, None)[::2] == 2).all()
 
 
+@given(st.integers(0, 10**6), st.integers(1, 7), st.floats(0.01, 1.0), st.floats(0.1, 3.0))
+def test_top_k_and_top_p(seed, k, p, temperature):
+    """Only ids among the k likeliest, and among the likeliest that reach p together, are ever drawn; all of those are;
+    k = 1 and a tiny p are argmax; both off is the plain draw."""
+    logits = torch.randn(1, 6, generator=torch.Generator().manual_seed(seed))
+    order = logits[0].argsort(descending=True).tolist()
+    shares = (logits[0] / temperature).softmax(0)[order].tolist()
+    nucleus = next((n for n in range(1, 7) if sum(shares[:n]) >= p - 1e-6), 6)
+    allowed = order[:min(k, nucleus)]
+    drawn = set(sample(logits.repeat(3000, 1), temperature, torch.Generator().manual_seed(1), k, p).tolist())
+    assert drawn <= set(order[:min(k, nucleus + 1)])       # a sum that meets p to the last bit may count either way
+    assert {i for i, share in zip(order, shares) if i in allowed and share > 0.02} <= drawn
+    assert sample(logits, temperature, None, 1).item() == sample(logits, temperature, None, None, 1e-9).item() == order[0]
+
+
+@both
+def test_stop_ids(backbone):
+    """Any id of `stop` ends an answer like eot does, row by row."""
+    tokens, model = make(backbone)
+    script = Script(model.config, [[0, 1, 2, 3, 4], [3, 0, 0, 0, 0], [0, 0, 0, tokens.eot, 1]])
+    assert generate_text(script, tokens, pictures(tokens, 3), ["a", "b", "c"], stop=(2, 3)) == ["a b", "", "a a a"]
+
+
+@pytest.mark.parametrize("options", [dict(temperature=-0.1), dict(top_k=0), dict(top_p=0.0), dict(top_p=1.5)])
+def test_sampling_that_cannot_be(options):
+    """A negative temperature, no candidates or a share outside (0, 1] is a ValueError with the values; so are 0 steps."""
+    tokens, model = make("showo")
+    with pytest.raises(ValueError, match="temperature must be >= 0, top_k >= 1 and top_p in"):
+        generate_text(model, tokens, pictures(tokens, 1)[0], "a", **options)
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        generate_image(model, tokens, "a", steps=0)
+
+
 def test_guided():
     """Log-probabilities c + w (c - u), the conditional rows first; w = 0 is one stream, unchanged."""
     logits = torch.randn(6, 2, 5, dtype=torch.float64)
@@ -421,6 +454,15 @@ def test_picture_errors(backbone):
     for prompt, word in (("zebra", "'zebra'"), ("a " * 9, "budget")):
         with pytest.raises(ValueError, match=word):
             generate_image(model, tokens, prompt)
+
+
+def test_a_parallel_prompt_is_prefilled_once():
+    """Show-o, causal: one forward over the prompt, then one over soi..eoi alone for every step."""
+    tokens, model = make("showo", (3, 3))
+    seen, original = [], model.forward
+    model.forward = lambda ids, **rest: (seen.append(tuple(ids.shape)), original(ids, **rest))[1]
+    generate_image(model, tokens, ["a b", "c"], steps=4)
+    assert seen == [(2, tokens.length("t2i") - 11)] + [(2, 11)] * 4
 
 
 @both

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unimod_mini.tokenizer import IGNORE, SPECIAL, ByteText, Palette, Tokenizer, WordText
+from unimod_mini.vq import VQ
 
 seeds = st.integers(0, 10**6)
 X = IGNORE
@@ -406,3 +407,23 @@ def test_emu3_needs_words_for_its_header():
     """A word list without the picture's size fails at once with the missing word, not in the middle of training."""
     with pytest.raises(ValueError, match=r"'2\*2'"):
         Tokenizer("emu3", WordText("ab"), Codes(5), (2, 2), 4, system="", assistant="").t2i(["a"], PICTURE)
+
+
+@pytest.mark.parametrize("backbone", ("showo", "emu3"))
+@pytest.mark.parametrize("text", (ByteText(), WordText("a b c 2*2 USER: ASSISTANT:".split())))
+def test_a_tokenizer_comes_back_from_its_state(backbone, text, tmp_path):
+    """state() survives torch.save with weights_only, and from_state gives the same sequences to the last id."""
+    image = Palette(torch.randint(256, (5, 2, 2, 3), dtype=torch.uint8))
+    one = Tokenizer(backbone, text, image, (2, 2), 9, "USER:", "ASSISTANT:")
+    torch.save(one.state(), tmp_path / "t.pt")
+    two = Tokenizer.from_state(torch.load(tmp_path / "t.pt", weights_only=True))
+    codes = torch.tensor([[[0, 1], [2, 4]]])
+    for a, b in zip(one.t2i(["a b"], codes) + one.mmu(["a"], ["c"], codes), two.t2i(["a b"], codes) + two.mmu(["a"], ["c"], codes)):
+        assert a is b is None or torch.equal(a, b)
+    assert torch.equal(two.image.decode(codes), image.decode(codes)) and two.vocab_size == one.vocab_size
+
+
+def test_a_trained_codec_is_no_plain_data():
+    """A codec with weights of its own cannot be stored this way: a ValueError names it."""
+    with pytest.raises(ValueError, match="not WordText with VQ: save its weights apart"):
+        Tokenizer("emu3", WordText(["2*2"]), VQ(), (2, 2), 5).state()

@@ -10,7 +10,8 @@ import train_toy as toy
 from unimod_mini import (METHODS, ModelConfig, Palette, Pictures, Plan, UnifiedTransformer, World, calibrate, count_flops,
                          flops_ratio, generate_text, load_checkpoint, make_optimizers, plan_for_budget, predictor_report,
                          save_checkpoint, train_step)
-from unimod_mini.evaluate import ask_and_judge, blind_accuracy, by_category, draw_and_judge, save_png, share, terminal
+from unimod_mini.evaluate import ask_and_judge, blind_accuracy, by_category, draw_and_judge, share
+from unimod_mini.show import save_png, terminal
 from unimod_mini.objectives import IGNORE
 from unimod_mini.trainer import learning_rate, predicted_tokens
 

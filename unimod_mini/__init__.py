@@ -1,5 +1,8 @@
 """unimod_mini: task-aware Mixture-of-Depths for unified multimodal transformers, small enough to read."""
 
+import warnings
+
+from .cache import Cache
 from .data import Pictures, load_image_folder
 from .flops import count_flops, flops_ratio
 from .generate import generate_image, generate_text
@@ -11,5 +14,8 @@ from .trainer import (calibrate, load_checkpoint, make_optimizers, predictor_rep
                       train_step)
 from .transformer import ModelConfig, UnifiedTransformer
 from .vq import VQ, fit_vq
+
+# `python -m unimod_mini.generate` runs a module that the lines above have imported; it defines functions alone
+warnings.filterwarnings("ignore", "'unimod_mini", RuntimeWarning, "runpy")
 
 __version__ = "0.1.0"

@@ -1,11 +1,9 @@
-"""Free-running accuracy by exact checkers, and pictures in the terminal.
+"""Free-running accuracy by exact checkers.
 
 A world (shapes.World, data.Pictures) samples prompts and questions and judges what comes back. One sample a prompt,
 no retries; answers are greedy and must match to the word.
 """
 
-import os
-import textwrap
 from random import Random
 
 import torch
@@ -81,35 +79,3 @@ def blind_accuracy(world, n: int, seed: int) -> float:
     answers = blind_answers(world)
     questions, _ = world.sample_mmu(n, Random(f"evaluate {seed}"))
     return round(sum(answers.get(q.text) == q.answer for q in questions) / n, 4)
-
-
-def terminal(images: Tensor) -> str:
-    """uint8 (B, H, W, 3) -> the pictures side by side as coloured half blocks (two pixel rows a line)."""
-    gap = images.new_zeros(*images.shape[:2], 1, 3)
-    wide = torch.cat([torch.cat((image, space), 1) for image, space in zip(images, gap)], 1)     # (H, B (W + 1), 3)
-    wide = torch.cat((wide, wide[:len(wide) % 2]))                                               # an even height
-    lines = []
-    for upper, lower in zip(wide[::2].tolist(), wide[1::2].tolist()):
-        cells = ("\x1b[38;2;{};{};{}m\x1b[48;2;{};{};{}m▀".format(*a, *b) for a, b in zip(upper, lower))
-        lines.append("".join(cells) + "\x1b[0m")
-    return "\n".join(lines)
-
-
-def save_png(images: Tensor, captions: list, path, scale: int = 8) -> str:
-    """A sheet of pictures with their captions. Returns what was done; without pillow, the pip line that is missing."""
-    try:
-        from PIL import Image, ImageDraw
-    except ImportError:
-        return f'{path} not written: pip install "pillow" (or unimod-mini[images])'
-    B, H, W, _ = images.shape
-    texts = ["\n".join(textwrap.wrap(caption, max(8, W * scale // 6))) for caption in captions]
-    columns, cell = min(4, B), (W * scale + 16, H * scale + 16 + 14 * max(1 + text.count("\n") for text in texts))
-    sheet = Image.new("RGB", (columns * cell[0], -(-B // columns) * cell[1]), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i, (image, text) in enumerate(zip(images, texts)):
-        x, y = i % columns * cell[0] + 8, i // columns * cell[1] + 8
-        sheet.paste(Image.fromarray(image.cpu().numpy()).resize((W * scale, H * scale), Image.NEAREST), (x, y))
-        pen.text((x, y + H * scale + 2), text, fill="black")
-    sheet.save(f"{path}.tmp", format="PNG")
-    os.replace(f"{path}.tmp", path)
-    return f"{path} written"

@@ -1,5 +1,8 @@
 """Answers and pictures from a trained model.
 
+    python -m unimod_mini.generate --checkpoint out/toy/checkpoint.pt --prompt "two red rings"
+    python -m unimod_mini.generate --checkpoint out/toy/checkpoint.pt --image drawn.png --question "describe ?" --explain
+
 routing="causal": what is generated token by token is routed by the predictors and decoded with a key/value cache.
 routing="topk":   every step runs top-k again over the whole prefix. It looks at the future of every earlier token,
                   cannot be cached, and serves as the non-causal yardstick.
@@ -8,13 +11,16 @@ Show-o's pictures are decoded in parallel (MaskGIT, arXiv 2202.04200), Emu3's ro
 Legend: B rows, T tokens so far, G key/value heads, d head width, N image tokens, V vocabulary.
 """
 
+import argparse
 import math
+import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .cache import Cache
-from .tokenizer import Tokenizer
+from .tokenizer import Batch, Tokenizer
 from .transformer import UnifiedTransformer
 
 CHOICE_NOISE = 4.5   # of draw_parallel
@@ -48,6 +54,13 @@ def left_pad(rows: list, pad: int, device) -> tuple[Tensor, Tensor]:
     ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows], device=device)
     valid = torch.tensor([[False] * (length - len(row)) + [True] * len(row) for row in rows], device=device)
     return ids, valid
+
+
+def mmu_spans(tokenizer: Tokenizer, valid: Tensor) -> Tensor | None:
+    """valid (B, T) bool -> spans (B, T) of a question on a picture; emu3 has none."""
+    if tokenizer.backbone != "showo":
+        return None
+    return ((valid.cumsum(1) <= tokenizer.n_image + 3) & valid).long()       # mmu soi N codes eoi: the first N + 3
 
 
 def sample(logits: Tensor, temperature: float, generator: torch.Generator | None, top_k: int | None = None,
@@ -89,9 +102,7 @@ def generate_text(model: UnifiedTransformer, tokenizer: Tokenizer, image: Tensor
     device = next(model.parameters()).device
     picture = tokenizer.image_ids(tokenizer.image.encode(images)).tolist()
     ids, valid = left_pad([tokenizer.mmu_prompt(q, p) for q, p in zip(questions, picture)], tokenizer.pad, device)
-    spans = None
-    if tokenizer.backbone == "showo":                      # mmu soi N codes eoi: the first N + 3 valid tokens
-        spans = ((valid.cumsum(1) <= tokenizer.n_image + 3) & valid).long()
+    spans = mmu_spans(tokenizer, valid)
     steps = tokenizer.text_length if max_tokens is None else max_tokens
     room = model.config.max_length - ids.shape[1] + 1                        # the last token is never fed back
     if steps < 1 or room < 1:
@@ -205,3 +216,90 @@ def parallel_model(model, batch, routing: str, n: int):
         cache.rewind(prompt)
         return model(batch.ids[:, -n:], task="t2i", spans=batch.spans[:, -n:], routing="causal", cache=cache).logits
     return look
+
+
+# --------------------------------------------------------------------------------------------------------------
+# python -m unimod_mini.generate
+# --------------------------------------------------------------------------------------------------------------
+
+def parser() -> argparse.ArgumentParser:
+    out = argparse.ArgumentParser("python -m unimod_mini.generate", description="Draw a prompt or answer a question.")
+    out.add_argument("--checkpoint", required=True, help="what train_toy.py wrote, OUT/checkpoint.pt")
+    out.add_argument("--prompt", help="draw this, in the terminal and as a PNG")
+    out.add_argument("--image", help="a picture file to answer --question on")
+    out.add_argument("--question", help='such as "what color is the ring ?"')
+    out.add_argument("--explain", action="store_true", help="show which tokens each routed layer kept")
+    out.add_argument("--routing", choices=("causal", "topk"), default="causal")
+    out.add_argument("--temperature", type=float, help="default: the checkpoint's for pictures, 0 for answers")
+    out.add_argument("--guidance", type=float, help="of pictures; default: the checkpoint's")
+    out.add_argument("--steps", type=int, help="of Show-o's parallel drawing; default: the checkpoint's")
+    out.add_argument("--top-k", type=int, help="of answers: only the k likeliest words")
+    out.add_argument("--top-p", type=float, default=1.0, help="of answers: only the likeliest words that reach p")
+    out.add_argument("--seed", type=int, default=0)
+    out.add_argument("--device", help="cuda, mps or cpu; found by itself when not given")
+    out.add_argument("--out", default="drawn.png", help="the PNG of --prompt; --explain writes *-kept.png beside it")
+    return out
+
+
+def main(argv=None) -> None:
+    cli = parser()
+    args = cli.parse_args(argv)
+    if (args.prompt is None) == (args.image is None) or (args.image is None) != (args.question is None):
+        cli.error("give either --prompt, or --image with --question")
+    try:
+        run(args)
+    except FileNotFoundError as error:
+        sys.exit(f"error: {error.filename} does not exist"
+                 + (": python train_toy.py makes one" if error.filename == args.checkpoint else ""))
+    except (ValueError, ImportError) as error:
+        sys.exit(f"error: {error}")
+
+
+def run(args) -> None:
+    """Draw or answer as the command line says, and show it."""
+    from .show import enlarged, read_png, terminal, write_png               # pictures need pillow, generating does not
+    from .trainer import find_device, load_checkpoint, precision
+    if args.prompt is not None and not Path(args.out).absolute().parent.is_dir():
+        raise ValueError(f"--out {args.out}: there is no folder {Path(args.out).parent}")
+    device = find_device(args.device)
+    model, stored = load_checkpoint(args.checkpoint, device)
+    if "tokenizer" not in stored:
+        raise ValueError(f"{args.checkpoint} holds no tokenizer: save_checkpoint(.., tokenizer=tokenizer.state())")
+    tokenizer = Tokenizer.from_state(stored["tokenizer"])
+    with precision(device):
+        if args.prompt is not None:
+            given = {"temperature": args.temperature, "guidance": args.guidance, "steps": args.steps}
+            options = stored.get("drawing", {}) | {name: x for name, x in given.items() if x is not None}
+            image = generate_image(model, tokenizer, args.prompt, args.routing, seed=args.seed, **options)
+            print(terminal(image[None]))
+            write_png(enlarged(image), args.out)
+            print(f"{args.out} written")
+            batch, task = tokenizer.t2i([args.prompt], tokenizer.image.encode(image[None])), "t2i"
+        else:
+            patch = tokenizer.image.patch
+            image = read_png(args.image, tokenizer.grid[0] * patch, tokenizer.grid[1] * patch)
+            answer = generate_text(model, tokenizer, image, args.question, args.routing, args.temperature or 0.0,
+                                   seed=args.seed, top_k=args.top_k, top_p=args.top_p)
+            print(f"{terminal(image[None])}\n{args.question} {answer}")
+            picture = tokenizer.image_ids(tokenizer.image.encode(image[None]))[0].tolist()
+            ids = torch.tensor([tokenizer.mmu_prompt(args.question, picture) + tokenizer.text.encode(answer)])
+            batch, task = Batch(ids, mmu_spans(tokenizer, torch.ones_like(ids) == 1), None, ids), "mmu"
+        if args.explain:
+            explain(model, tokenizer, batch.to(device), task, args.out)
+
+
+def explain(model, tokenizer, batch, task: str, out: str) -> None:
+    """Prints and writes which tokens of the finished sequence each routed layer kept; skipped patches are faded."""
+    from .show import enlarged, kept_tokens, save_png, terminal
+    pictures, labels, texts = kept_tokens(model, tokenizer, batch, task)
+    if not len(pictures):
+        print(f"no layer of this model routes {task}: its plan keeps every token or skips the layer")
+        return
+    for picture, label, text in zip(pictures, labels, texts):
+        print(f"{label}; text: {text}\n{terminal(picture[None])}")
+    sheet = torch.stack([enlarged(picture) for picture in pictures])
+    print(save_png(sheet, labels, out.removesuffix(".png") + "-kept.png", scale=1))
+
+
+if __name__ == "__main__":
+    main()

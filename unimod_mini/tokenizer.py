@@ -149,6 +149,23 @@ class Tokenizer:
         self.pad = self.special["[PAD]"]
         self.eot = self.special["eot" if backbone == "showo" else "EOS"]     # ends an answer
 
+    def state(self) -> dict:
+        """Plain data from which `from_state` makes this tokenizer again, for checkpoints. ValueError for a codec that
+        is not plain data (a trained one has its own weights to save)."""
+        if not isinstance(self.text, (WordText, ByteText)) or not isinstance(self.image, Palette):
+            raise ValueError(f"only WordText or ByteText with Palette can be stored, not {type(self.text).__name__} with "
+                             f"{type(self.image).__name__}: save its weights apart")
+        return {"backbone": self.backbone, "words": getattr(self.text, "words", None), "patches": self.image.patches,
+                "grid": list(self.grid), "text_length": self.text_length, "system": self.system,
+                "assistant": self.assistant}
+
+    @classmethod
+    def from_state(cls, state: dict) -> "Tokenizer":
+        """The tokenizer that `state` describes."""
+        text = ByteText() if state["words"] is None else WordText(state["words"])
+        return cls(state["backbone"], text, Palette(state["patches"]), tuple(state["grid"]), state["text_length"],
+                   state["system"], state["assistant"])
+
     @property
     def n_image(self) -> int:
         return self.grid[0] * self.grid[1]

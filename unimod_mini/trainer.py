@@ -16,10 +16,12 @@ from .transformer import ModelConfig, UnifiedTransformer
 
 
 def find_device(name: str | None = None) -> torch.device:
-    """The named device, else CUDA, Apple's MPS or the CPU, whichever is there first."""
-    if name:
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    """The named device, else CUDA, Apple's MPS or the CPU, whichever is there first. ValueError when it is not there."""
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind = name.split(":")[0] if name else next(kind for kind, there in here.items() if there)
+    if not here.get(kind):
+        raise ValueError(f"no device {name!r} here: choose from {', '.join(k for k, there in here.items() if there)}")
+    return torch.device(name or kind)
 
 
 def precision(device: torch.device):
@@ -98,8 +100,11 @@ def calibrate(model: UnifiedTransformer, batches: dict) -> None:
 
 @torch.no_grad()
 def predictor_report(model: UnifiedTransformer, batches: dict) -> dict:
-    """How the predictors do, mean over routed layers and tasks: accuracy against top-k membership, its base rate
-    (always giving the commoner answer), and the share of tokens kept by top-k (trained) and by causal (realised)."""
+    """How well membership is predicted: means over the routed layers and tasks, and every one of them in "by_layer".
+
+    accuracy against top-k membership beside its base rate (always giving the commoner answer), precision and recall of
+    "kept", and the share of tokens kept by top-k (capacity_trained) and by causal routing (capacity_realised).
+    """
     model.eval()
     rows = []
     for task, batch in batches.items():
@@ -109,12 +114,16 @@ def predictor_report(model: UnifiedTransformer, batches: dict) -> dict:
         for layer, (target, realised) in enumerate(zip(topk, causal)):
             if target is not None:
                 threshold = model.router(layer, task).get_buffer(f"threshold_{task}")
-                kept, said = target.selected[asked].float(), target.predictor[asked] > threshold
-                rows.append([(said == kept.bool()).float().mean(), torch.maximum(kept.mean(), 1 - kept.mean()),
-                             kept.mean(), realised.selected[asked].float().mean()])
-    names = ("accuracy", "base_rate", "capacity_trained", "capacity_realised")
-    means = torch.tensor(rows).mean(0).tolist() if rows else [1.0] * 4
-    return {name: round(mean, 4) for name, mean in zip(names, means)}
+                kept, said = target.selected[asked], target.predictor[asked] > threshold
+                both, share = (kept & said).sum(), kept.float().mean()
+                values = {"accuracy": (said == kept).float().mean(), "base_rate": torch.maximum(share, 1 - share),
+                          "precision": both / said.sum().clamp(min=1), "recall": both / kept.sum().clamp(min=1),
+                          "capacity_trained": share,
+                          "capacity_realised": realised.selected[asked].float().mean()}
+                rows.append({"task": task, "layer": layer} | {k: round(v.item(), 4) for k, v in values.items()})
+    names = ("accuracy", "base_rate", "precision", "recall", "capacity_trained", "capacity_realised")
+    means = {name: round(sum(row[name] for row in rows) / len(rows), 4) if rows else 1.0 for name in names}
+    return means | {"by_layer": rows}
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -131,11 +140,14 @@ def save_checkpoint(path, model: UnifiedTransformer, **extra) -> None:
 def load_checkpoint(path, device="cpu") -> tuple[UnifiedTransformer, dict]:
     """What save_checkpoint wrote -> (model, everything else). ValueError names the file when it is something else."""
     try:
-        stored = torch.load(path, map_location=device, weights_only=True)
-        model = UnifiedTransformer(ModelConfig(**stored.pop("config")), Plan(**stored.pop("plan")))
-        model.load_state_dict(stored.pop("model"))
+        stored = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
+    except Exception as error:                             # torch's own text advises to load it unsafely
+        raise ValueError(f"{path} is not a checkpoint of unimod_mini: not a file of plain tensors and data") from error
+    try:
+        model = UnifiedTransformer(ModelConfig(**stored.pop("config")), Plan(**stored.pop("plan")))
+        model.load_state_dict(stored.pop("model"))
     except Exception as error:
         raise ValueError(f"{path} is not a checkpoint of unimod_mini: {error}") from error
     return model.to(device), stored

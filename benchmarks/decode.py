@@ -1,0 +1,189 @@
+"""How fast is cached decoding, dense and UniMoD in turns, and how much of the possible speed-up is reached?
+
+    python benchmarks/decode.py [--quick] [--device cuda] [--out decode.json]
+
+A random Show-o-style model (CPU: width 512, 12 layers, float32; GPU: width 2048, 24 layers, bf16) and a plan that keeps
+a quarter of the tokens in every other layer, thresholds calibrated. For each prompt length and batch: milliseconds a
+decoding step, median over turns, and bytes of cache. "allowed" is the speed-up of a roofline timed in the same run: the
+matrix products of both models alone, at the row counts and cache lengths that the routing really had, each reading its
+weights. "reached" is the measured speed-up over the allowed one.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from unimod_mini import Cache, ModelConfig, Plan, UnifiedTransformer, calibrate  # noqa: E402
+from unimod_mini.tokenizer import Batch  # noqa: E402
+from unimod_mini.trainer import find_device  # noqa: E402
+
+TASK, KEEP, STEPS, TURNS, DISTINCT = "mmu", 0.25, 12, 3, 4
+PROMPTS, BATCHES = (64, 256, 1024), (1, 8, 32)
+
+
+def models(device) -> dict:
+    """{"dense": .., "unimod": ..} with the same weights; thresholds calibrated on random sequences."""
+    on_gpu = device.type == "cuda"
+    width, layers, vocab = (2048, 24, 58498) if on_gpu else (512, 12, 2048)
+    config = ModelConfig("showo", layers, width // 64, width // 64, width, 4 * width, vocab, 2048, image_start=vocab // 2,
+                         rope_fraction=0.5, qk_norm=True)
+    torch.manual_seed(0)
+    dense = UnifiedTransformer(config).to(device, torch.bfloat16 if on_gpu else torch.float32).eval()
+    keep = tuple(KEEP if layer % 2 else 1.0 for layer in range(layers))
+    unimod = dense.with_plan(Plan({"t2i": keep, TASK: keep})).eval()
+    for router in unimod.routers:
+        for one in router.values():
+            torch.nn.init.normal_(one.score.weight)
+    ids = torch.randint(config.vocab_size, (8, 256), device=device)
+    calibrate(unimod, {TASK: Batch(ids, None, None, ids)})
+    return {"dense": dense, "unimod": unimod}
+
+
+def prefilled(model, prompt, batch: int, n_new: int) -> Cache:
+    """A cache behind `batch` rows, made of the few distinct rows of `prompt` (D, T) again and again."""
+    D, T = prompt.shape
+    few = Cache(model, TASK, D, T + n_new)
+    for chunk in prompt.split(256, 1):
+        model(chunk, task=TASK, routing="causal", cache=few)
+    cache = Cache(model, TASK, batch, T + n_new)
+    again = torch.arange(batch, device=prompt.device) % D
+    cache.length, cache.count, cache.n_image = few.length, few.count[again], few.n_image[again]
+    for layer, source in zip(cache.layers, few.layers):
+        layer.n_slot, layer.count = source.n_slot, source.count[again]
+        layer.k, layer.v, layer.positions = source.k[again], source.v[again], source.positions[again]
+    return cache
+
+
+def synchronize(device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed(run, device) -> float:
+    """Seconds of one call."""
+    synchronize(device)
+    start = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def decode(model, cache, new) -> list:
+    """Feed new (B, STEPS) one token at a time. Returns for each step, for each layer, [slots of every row routed]."""
+    trace = []
+    for step in range(new.shape[1]):
+        out = model(new[:, step:step + 1], task=TASK, routing="causal", cache=cache)
+        rows = [slice(None) if decision is None else decision.selected[:, 0] for decision in out.routing]
+        trace.append([layer.count[row] for layer, row in zip(cache.layers, rows)])
+    return trace
+
+
+def products(model, trace, device) -> list:
+    """The matrix products of that decoding as a list of calls: what no implementation can leave out."""
+    config, calls = model.config, []
+    dtype, d = model.embed.weight.dtype, config.head_width
+    for step in trace:
+        for block, slots in zip(model.blocks, step):
+            if not len(slots):
+                continue
+            rows, length = len(slots), max(1, round(slots.float().mean().item()))
+            x = torch.randn(rows, config.d_model, dtype=dtype, device=device)
+            hidden = torch.randn(rows, config.d_ff, dtype=dtype, device=device)
+            q = torch.randn(rows, config.n_head, 1, d, dtype=dtype, device=device)
+            k, v = KEYS[:rows, :, :length], VALUES[:rows, :, :length]
+            calls += [(F.linear, x, block.attention.qkv.weight), (F.scaled_dot_product_attention, q, k, v),
+                      (F.linear, x, block.attention.out.weight), (F.linear, x, block.mlp.up.weight),
+                      (F.linear, hidden, block.mlp.down.weight)]
+        calls.append((F.linear, torch.randn(len(step[0]), config.d_model, dtype=dtype, device=device), model.head.weight))
+    return calls
+
+
+def run_products(calls: list) -> None:
+    for function, *arguments in calls:
+        function(*arguments)
+
+
+def measure(pair: dict, length: int, batch: int, device) -> dict:
+    """One line of the table: medians over TURNS turns of dense, UniMoD and their rooflines."""
+    global KEYS, VALUES
+    config = pair["dense"].config
+    generator = torch.Generator().manual_seed(length + batch)
+    prompt, new = (torch.randint(config.vocab_size, shape, generator=generator).to(device)
+                   for shape in ((min(batch, DISTINCT), length), (batch, STEPS)))
+    shape = (batch, config.n_head, length + STEPS, config.head_width)
+    KEYS, VALUES = (torch.randn(shape, device=device).to(pair["dense"].embed.weight.dtype) for _ in range(2))
+    seconds, out = {}, {"prompt": length, "batch": batch}
+    caches = {name: prefilled(model, prompt, batch, STEPS) for name, model in pair.items()}
+    marks = {name: cache.mark() for name, cache in caches.items()}
+    calls = {}
+    for name, model in pair.items():                       # a warm-up, and the row counts that really occur
+        calls[name] = products(model, decode(model, caches[name], new), device)
+        out[f"{name}_bytes"], out[f"{name}_used"] = caches[name].nbytes(), caches[name].nbytes(used=True)
+    for _ in range(TURNS):
+        for name, model in pair.items():
+            caches[name].rewind(marks[name])
+            seconds.setdefault(name, []).append(timed(lambda: decode(model, caches[name], new), device))
+            seconds.setdefault(f"{name}_products", []).append(timed(lambda: run_products(calls[name]), device))
+    ms = {name: 1000 * statistics.median(times) / STEPS for name, times in seconds.items()}
+    out |= {f"{name}_ms": round(value, 3) for name, value in ms.items()}
+    out |= {"speedup": ms["dense"] / ms["unimod"], "allowed": ms["dense_products"] / ms["unimod_products"],
+            "tokens_per_second": 1000 * batch / ms["unimod"], "dense_tokens_per_second": 1000 * batch / ms["dense"]}
+    out["reached"] = out["speedup"] / out["allowed"]
+    return out
+
+
+def cached_against_recomputed(pair: dict, device, first: int = 192, last: int = 256) -> dict:
+    """Seconds a token for tokens `first` to `last` of one row, behind a cache and by running the whole prefix again."""
+    ids, out = torch.randint(pair["dense"].config.vocab_size, (1, last), device=device), {}
+    for name, model in pair.items():
+        cache = prefilled(model, ids[:, :first], 1, last - first)
+        cached = timed(lambda: decode(model, cache, ids[:, first:]), device)
+        again = timed(lambda: [model(ids[:, :stop], task=TASK, routing="causal") for stop in range(first, last)], device)
+        out[name] = {"cached_ms": 1000 * cached / (last - first), "recomputed_ms": 1000 * again / (last - first),
+                     "ratio": again / cached}
+    return out
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="the smallest sizes only, to see that it runs")
+    parser.add_argument("--device", help="cuda or cpu; found by itself when not given")
+    parser.add_argument("--out", help="write the figures as JSON to this file")
+    args = parser.parse_args()
+    device = find_device(args.device)
+    pair, rows = models(device), []
+    sizes = [(length, batch) for length in PROMPTS for batch in BATCHES][:1 if args.quick else None]
+    for length, batch in tqdm(sizes, unit="size"):
+        rows.append(measure(pair, length, batch, device))
+    versus = cached_against_recomputed(pair, device)
+    config = pair["dense"].config
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"\n{device}, {where}, width {config.d_model}, {config.n_layer} layers, {pair['dense'].embed.weight.dtype}, "
+          f"keep {KEEP} in every other layer; {STEPS} steps, median of {TURNS} turns")
+    print(f"{'prompt':>6}{'batch':>6}{'dense tok/s':>13}{'UniMoD tok/s':>14}{'speed-up':>10}{'allowed':>9}{'reached':>9}"
+          f"{'dense MB':>10}{'UniMoD MB':>11}{'used share':>12}")
+    for row in rows:
+        print(f"{row['prompt']:>6}{row['batch']:>6}{row['dense_tokens_per_second']:>13.1f}{row['tokens_per_second']:>14.1f}"
+              f"{row['speedup']:>10.2f}{row['allowed']:>9.2f}{row['reached']:>9.2f}{row['dense_bytes'] / 1e6:>10.1f}"
+              f"{row['unimod_bytes'] / 1e6:>11.1f}{row['unimod_used'] / row['dense_used']:>12.1%}")
+    for name, value in versus.items():
+        print(f"{name}, tokens 193 to 256, batch 1: cached {value['cached_ms']:.1f} ms, recomputed "
+              f"{value['recomputed_ms']:.1f} ms a token, {value['ratio']:.1f}x")
+    if args.out:
+        with open(f"{args.out}.tmp", "w") as file:
+            json.dump({"device": where, "keep": KEEP, "rows": rows, "cached_against_recomputed": versus}, file, indent=1)
+        os.replace(f"{args.out}.tmp", args.out)
+
+
+if __name__ == "__main__":
+    main()

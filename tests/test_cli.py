@@ -1,0 +1,115 @@
+"""python -m unimod_mini.generate, and the pictures of show.py that it draws with."""
+import pytest
+import torch
+
+from unimod_mini import Palette, Plan, Tokenizer, UnifiedTransformer, WordText, load_checkpoint, save_checkpoint
+from unimod_mini.generate import main, parser
+from unimod_mini.show import enlarged, kept_tokens, read_png, write_png
+from unimod_mini.transformer import ModelConfig
+
+pytest.importorskip("PIL", reason="PNG files need the optional pillow")
+PLAN = Plan({"t2i": (1, .5, 0, .7), "mmu": (.4, 1, .5, 0)})
+
+
+@pytest.fixture(params=("showo", "emu3"))
+def checkpoint(request, tmp_path):
+    """A checkpoint of a small random model whose pictures have 2 x 3 patches of 2 x 2 pixels."""
+    torch.manual_seed(0)
+    patches = torch.randint(256, (6, 2, 2, 3), dtype=torch.uint8)
+    words = "two red rings describe ? USER: ASSISTANT: 2*3".split()
+    tokenizer = Tokenizer(request.param, WordText(words), Palette(patches), (2, 3), 8, "USER:", "ASSISTANT:")
+    heads = 2 if request.param == "showo" else 1
+    config = ModelConfig(request.param, 4, 2, heads, 16, 32, tokenizer.vocab_size, 64, tokenizer.image_start)
+    model = UnifiedTransformer(config, PLAN)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.4)
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, model, tokenizer=tokenizer.state(), drawing={"temperature": 1.0, "guidance": 0.0, "steps": 3})
+    return path
+
+
+def test_the_flags_are_frozen():
+    """The command line of generate: names and defaults."""
+    flags = {a.option_strings[0]: a.default for a in parser()._actions if a.option_strings[0] != "-h"}
+    assert flags == {"--checkpoint": None, "--prompt": None, "--image": None, "--question": None, "--explain": False,
+                     "--routing": "causal", "--temperature": None, "--guidance": None, "--steps": None, "--top-k": None,
+                     "--top-p": 1.0, "--seed": 0, "--device": None, "--out": "drawn.png"}
+
+
+def test_draw_then_ask(checkpoint, tmp_path, capsys):
+    """--prompt draws a PNG that --image reads back to the same patches; --explain writes what each layer kept; nothing
+    else is left behind; the same seed draws the same picture."""
+    drawn, common = tmp_path / "a.png", ["--checkpoint", str(checkpoint), "--device", "cpu"]
+    main([*common, "--prompt", "two red rings", "--out", str(drawn), "--explain"])
+    out = capsys.readouterr().out
+    assert "\x1b[" in out and "layer 1:" in out and "a.png written" in out and "a-kept.png written" in out
+    first = drawn.read_bytes()
+    main([*common, "--prompt", "two red rings", "--out", str(drawn)])
+    assert drawn.read_bytes() == first
+    main([*common, "--image", str(drawn), "--question", "describe ?", "--explain", "--out", str(tmp_path / "b.png")])
+    out = capsys.readouterr().out
+    assert "describe ?" in out and "layer 0:" in out and "layer 2:" in out and "layer 1:" not in out
+    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint.pt", "a.png", "a-kept.png", "b-kept.png"}
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--prompt", "two red wings"], "unknown word 'wings', did you mean 'rings'"),
+    (["--prompt", "red " * 9], "over the budget of 8"),
+    (["--prompt", "red", "--checkpoint", "missing.pt"], "missing.pt does not exist: python train_toy.py makes one"),
+    (["--prompt", "red", "--checkpoint", "foreign.pt"], "foreign.pt is not a checkpoint of unimod_mini"),
+    (["--prompt", "red", "--checkpoint", "bare.pt"], "bare.pt holds no tokenizer"),
+    (["--prompt", "red", "--device", "toaster"], "no device 'toaster' here: choose from"),
+    (["--prompt", "red", "--out", "nowhere/a.png"], "there is no folder nowhere"),
+    (["--prompt", "red", "--temperature", "-1"], "temperature must be >= 0"),
+    (["--image", "small.png", "--question", "describe ?"], "small.png has 5x4 pixels, this model sees 6x4"),
+    (["--image", "foreign.pt", "--question", "describe ?"], "foreign.pt cannot be read as a picture"),
+    (["--image", "missing.png", "--question", "describe ?"], "missing.png does not exist"),
+])
+def test_errors_in_one_line(checkpoint, tmp_path, monkeypatch, arguments, message):
+    """What cannot be done ends the program with one line that says why, and writes nothing."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "foreign.pt").write_text("{}")
+    model, _ = load_checkpoint(checkpoint)
+    save_checkpoint(tmp_path / "bare.pt", model)
+    write_png(torch.zeros(4, 5, 3, dtype=torch.uint8), tmp_path / "small.png")
+    before = set(tmp_path.iterdir())
+    with pytest.raises(SystemExit, match=message):
+        main(["--checkpoint", str(checkpoint), *arguments])
+    assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("arguments", [[], ["--prompt", "a", "--image", "b.png"], ["--image", "b.png"],
+                                       ["--prompt", "a", "--question", "c"]])
+def test_one_thing_at_a_time(checkpoint, arguments, capsys):
+    """Either a prompt, or a picture with a question."""
+    with pytest.raises(SystemExit):
+        main(["--checkpoint", str(checkpoint), *arguments])
+    assert "give either --prompt, or --image with --question" in capsys.readouterr().err
+
+
+def test_kept_tokens(checkpoint):
+    """One picture for each routed layer: kept patches as they are, skipped ones faded; kept words in brackets."""
+    model, stored = load_checkpoint(checkpoint)
+    tokenizer = Tokenizer.from_state(stored["tokenizer"])
+    codes = torch.tensor([[[0, 1, 2], [3, 4, 5]]])
+    batch, image = tokenizer.t2i(["two red rings"], codes), tokenizer.image.decode(codes)[0]
+    pictures, labels, texts = kept_tokens(model.eval(), tokenizer, batch, "t2i")
+    routing = model(**batch.inputs(), task="t2i", routing="causal").routing
+    assert len(pictures) == 2 and [label.split(":")[0] for label in labels] == ["layer 1", "layer 3"]
+    for picture, label, text, decision in zip(pictures, labels, texts, (routing[1], routing[3])):
+        kept = decision.selected[0][(batch.ids[0] >= tokenizer.image_start) & (batch.ids[0] < tokenizer.image_end)]
+        assert f"{int(kept.sum())} of 6 patches" in label
+        same = (picture == image).all(-1).view(2, 2, 3, 2).transpose(1, 2).flatten(2).all(-1).flatten()
+        assert same.tolist() == kept.tolist()
+        words = [w for w, on in zip(batch.ids[0].tolist(), decision.selected[0].tolist()) if w < 3 and on]
+        assert text.count("[") == text.count("]") >= len(words)
+        assert all(f"[{tokenizer.text.words[w]}]" in text for w in words)
+
+
+@pytest.mark.parametrize("factor", (1, 2, 3, 16))
+def test_png_round_trip(tmp_path, factor):
+    """A picture comes back from a file of its own size or of a whole multiple."""
+    image = torch.randint(256, (4, 6, 3), dtype=torch.uint8)
+    write_png(image.repeat_interleave(factor, 0).repeat_interleave(factor, 1), tmp_path / "a.png")
+    assert torch.equal(read_png(tmp_path / "a.png", 4, 6), image)
+    assert enlarged(image, 96).shape == (96, 144, 3) and enlarged(image, 1).shape == (4, 6, 3)

@@ -1,0 +1,112 @@
+"""Pictures to look at: in the terminal, as PNG, and which tokens each layer kept, drawn over the image.
+
+Legend: B pictures, H and W pixels, h and w rows and columns of image codes, T tokens.
+"""
+
+import os
+import textwrap
+
+import torch
+from torch import Tensor
+
+DIM = 0.2        # what is left of a skipped patch's contrast to white
+
+
+def terminal(images: Tensor) -> str:
+    """uint8 (B, H, W, 3) -> the pictures side by side as coloured half blocks (two pixel rows a line)."""
+    gap = images.new_zeros(*images.shape[:2], 1, 3)
+    wide = torch.cat([torch.cat((image, space), 1) for image, space in zip(images, gap)], 1)     # (H, B (W + 1), 3)
+    wide = torch.cat((wide, wide[:len(wide) % 2]))                                               # an even height
+    lines = []
+    for upper, lower in zip(wide[::2].tolist(), wide[1::2].tolist()):
+        cells = ("\x1b[38;2;{};{};{}m\x1b[48;2;{};{};{}m▀".format(*a, *b) for a, b in zip(upper, lower))
+        lines.append("".join(cells) + "\x1b[0m")
+    return "\n".join(lines)
+
+
+def save_png(images: Tensor, captions: list, path, scale: int = 8) -> str:
+    """A sheet of pictures with their captions. Returns what was done; without pillow, the pip line that is missing."""
+    try:
+        Image = pillow()
+    except ImportError as error:
+        return f"{path} not written: {error}"
+    from PIL import ImageDraw
+    B, H, W, _ = images.shape
+    texts = ["\n".join(textwrap.wrap(caption, max(8, W * scale // 6))) for caption in captions]
+    columns, cell = min(4, B), (W * scale + 16, H * scale + 16 + 14 * max(1 + text.count("\n") for text in texts))
+    sheet = Image.new("RGB", (columns * cell[0], -(-B // columns) * cell[1]), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (image, text) in enumerate(zip(images, texts)):
+        x, y = i % columns * cell[0] + 8, i // columns * cell[1] + 8
+        sheet.paste(Image.fromarray(image.cpu().numpy()).resize((W * scale, H * scale), Image.NEAREST), (x, y))
+        pen.text((x, y + H * scale + 2), text, fill="black")
+    sheet.save(f"{path}.tmp", format="PNG")
+    os.replace(f"{path}.tmp", path)
+    return f"{path} written"
+
+
+def pillow():
+    """PIL.Image, or an ImportError that says how to get it."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError('PNG needs pillow: pip install "pillow" (or unimod-mini[images])') from error
+    return Image
+
+
+def enlarged(image: Tensor, least: int = 96) -> Tensor:
+    """uint8 (H, W, 3) -> every pixel k x k times, k the least number that makes the height `least` pixels."""
+    k = -(-least // image.shape[0])
+    return image.repeat_interleave(k, 0).repeat_interleave(k, 1)
+
+
+def write_png(image: Tensor, path) -> None:
+    """One picture, uint8 (H, W, 3), written to a temporary name and renamed."""
+    pillow().fromarray(image.cpu().numpy()).save(f"{path}.tmp", format="PNG")
+    os.replace(f"{path}.tmp", path)
+
+
+def read_png(path, height: int, width: int) -> Tensor:
+    """A picture file of height x width pixels, or of a whole multiple, which is thinned out: uint8 (H, W, 3).
+
+    ValueError names the file when it is no picture or has another size.
+    """
+    try:
+        with pillow().open(path) as file:
+            size, picture = file.size, file.convert("RGB")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as a picture: {error}") from error
+    k = max(1, size[0] // width)
+    if size != (k * width, k * height):
+        raise ValueError(f"{path} has {size[0]}x{size[1]} pixels, this model sees {width}x{height} or a whole multiple of "
+                         "it: crop or resize the picture")
+    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(size[1], size[0], 3)
+    return pixels[k // 2::k, k // 2::k].contiguous()
+
+
+@torch.no_grad()
+def kept_tokens(model, tokenizer, batch, task: str) -> tuple[Tensor, list, list]:
+    """Which tokens of the one sequence in `batch` each routed layer kept under causal routing.
+
+    Returns the image with the skipped patches faded, (layers, H, W, 3) uint8; a label a layer; and for each layer the
+    text with the kept words in [brackets].
+    """
+    out = model(**batch.inputs(), task=task, routing="causal")
+    ids, pictures, labels, texts = batch.ids[0], [], [], []
+    is_code = (ids >= tokenizer.image_start) & (ids < tokenizer.image_end)
+    codes = (ids[is_code] - tokenizer.image_start).view(1, *tokenizer.grid).cpu()
+    image = tokenizer.image.decode(codes)[0]
+    for layer, decision in enumerate(out.routing):
+        if decision is None:
+            continue
+        kept = decision.selected[0]
+        here = kept[is_code].view(tokenizer.grid).cpu()                                     # (h, w)
+        cell = image.shape[0] // tokenizer.grid[0]
+        here = here.repeat_interleave(cell, 0).repeat_interleave(cell, 1)[..., None]       # (H, W, 1)
+        pictures.append(torch.where(here, image.float(), 255 - DIM * (255 - image.float())).to(torch.uint8))
+        labels.append(f"layer {layer}: {int(kept[is_code].sum())} of {tokenizer.n_image} patches")
+        words = [(tokenizer.name(i), on) for i, on in zip(ids.tolist(), kept.tolist()) if i < tokenizer.text.size]
+        texts.append(" ".join(f"[{word}]" if on else word for word, on in words))
+    return torch.stack(pictures) if pictures else image[None][:0], labels, texts
