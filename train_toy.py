@@ -63,8 +63,8 @@ def make_world(args):
     """The toy world, or the pictures of --images behind the same interface; and the tokenizer that fits it."""
     world = Pictures(*load_image_folder(args.images)) if args.images else World()
     text = WordText([*world.words, "USER:", "ASSISTANT:", "{}*{}".format(*world.grid)])
-    length = world.longest_text + (2 if args.backbone == "showo" else 1)     # with sot, eot or EOS
-    return world, Tokenizer(args.backbone, text, Palette(world.patches), world.grid, length, "USER:", "ASSISTANT:")
+    return world, Tokenizer(args.backbone, text, Palette(world.patches), world.grid, world.longest_text + 2, "USER:",
+                            "ASSISTANT:")
 
 
 def toy_config(backbone: str, tokenizer: Tokenizer) -> ModelConfig:

@@ -246,22 +246,29 @@ def test_every_kind_of_question_is_asked():
 
 @given(worlds(), seeds, st.integers(1, 60))
 def test_dialogues(world, seed, budget):
-    """Several turns on one picture of the training world, all answered rightly, within the budget (but never none)."""
+    """Several turns on one picture of the training world, all answered rightly, none twice, in the order of DIALOGUE,
+    within the budget (but never none), and nothing after a caption."""
     dialogues, codes = world.sample_dialogues(7, Random(seed), budget)
     for i, (turns, picture) in enumerate(zip(dialogues, codes, strict=True)):
         scene, sizes = look(world, picture), [len(f"{q.text} {q.answer}".split()) + 2 for q in turns]
         assert all(answers(scene, q.text) == [q.answer] for q in turns)
-        assert 1 <= len(turns) <= len(DIALOGUE) and (sum(sizes) <= budget or len(turns) == 1)
-        wanted = [DIALOGUE[(i + j) % len(DIALOGUE)] for j in range(len(turns))]
-        assert all(q.category in (want, "caption" if want == "place" else want) for q, want in zip(turns, wanted))
+        assert 1 <= len(turns) == len({q.text for q in turns}) and (sum(sizes) <= budget or len(turns) == 1)
+        assert all(q.category != "caption" for q in turns[:-1])
+        rotation = iter(DIALOGUE[i % len(DIALOGUE):] + DIALOGUE[:i % len(DIALOGUE)])
+        assert all(any(q.category in (want, "caption" if want == "place" else want) for want in rotation) for q in turns)
         assert all(t[:2] in world.seen for t in scene)
 
 
 def test_dialogues_fill_their_budget():
-    """A generous budget asks every question of the list, which has all categories, a mean one a single question."""
-    assert set(DIALOGUE) == set(MMU_CATEGORIES)
-    for budget, turns in ((200, len(DIALOGUE)), (1, 1)):
-        assert {len(d) for d in World().sample_dialogues(20, Random(0), budget)[0]} == {turns}
+    """A generous budget ends with the caption after all other questions that differ, a mean one after one question;
+    what does not fit is passed over for what does."""
+    assert set(DIALOGUE) == set(MMU_CATEGORIES) and DIALOGUE[-1] == "caption"
+    full, _ = World(max_objects=1).sample_dialogues(7, Random(0), 200)
+    assert [q.category for q in full[0]] == ["color", "place", "shape", "count", "existence", "caption"]
+    assert {len(d) for d in World().sample_dialogues(20, Random(0), 1)[0]} == {1}
+    tight, _ = World().sample_dialogues(700, Random(0), 17)
+    assert sum(len(turns) for turns in tight) / 700 > 1.7
+    assert any(DIALOGUE.index(b.category) - DIALOGUE.index(a.category) > 1 for a, b, *_ in (t for t in tight[::7] if len(t) > 1))
 
 
 # ---------------------------------------------------------------------------------------------------- samples

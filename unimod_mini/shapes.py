@@ -215,8 +215,7 @@ class World:
         if category == "shape":
             return Question(f"what shape is {target.place} ?", category, target.shape)
         if category == "place" and unique:
-            color = "" if alone else f"{target.color} "
-            return Question(f"where is the {color}{target.shape} ?", category, target.place)
+            return Question(f"where is the {target.color} {target.shape} ?", category, target.place)
         if category == "count":
             shape = rng.choice([target.shape, rng.choice(self.shapes), None])
             answer = NUMBERS[len(things) if shape is None else sum(t.shape == shape for t in things)]
@@ -241,17 +240,21 @@ class World:
     def sample_dialogues(self, n: int, rng: Random, budget: int):
         """n pictures with several questions each: (list of lists of Question, codes (n, h, w)).
 
-        Questions are added while their words, answers and two marks a turn fit `budget`; the first always stays.
+        Questions in the order of DIALOGUE, from a different first one in each; one that is over what is left of
+        `budget` (its words, its answer's and two marks a turn) or was asked is left out; the first always stays.
+        Nothing follows a caption: it would give the answers away.
         """
         scenes, dialogues = [self.scene(rng) for _ in range(n)], []
         for i, scene in enumerate(scenes):
-            turns, used = [], 0
+            turns, left = [], budget
             for j in range(len(DIALOGUE)):
                 turn = self.question(DIALOGUE[(i + j) % len(DIALOGUE)], scene, rng)
-                used += len(turn.text.split()) + len(turn.answer.split()) + 2
-                if turns and used > budget:
+                size = len(turn.text.split()) + len(turn.answer.split()) + 2
+                if turns and (size > left or any(turn.text == earlier.text for earlier in turns)):
+                    continue
+                turns, left = [*turns, turn], left - size
+                if turn.category == "caption":
                     break
-                turns.append(turn)
             dialogues.append(turns)
         return dialogues, self.draw(scenes, rng)
 
