@@ -26,7 +26,7 @@ from unimod_mini import Cache, ModelConfig, Plan, UnifiedTransformer, calibrate 
 from unimod_mini.tokenizer import Batch  # noqa: E402
 from unimod_mini.trainer import find_device  # noqa: E402
 
-TASK, KEEP, STEPS, TURNS, DISTINCT = "mmu", 0.25, 12, 3, 4
+TASK, KEEP, STEPS, TURNS, DISTINCT = "mmu", 0.25, 16, 5, 4
 PROMPTS, BATCHES = (64, 256, 1024), (1, 8, 32)
 
 
@@ -63,35 +63,41 @@ def prefilled(model, prompt, batch: int, n_new: int) -> Cache:
     return cache
 
 
-def synchronize(device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def timed(run, device) -> float:
-    """Seconds of one call."""
-    synchronize(device)
-    start = time.perf_counter()
-    run()
-    synchronize(device)
-    return time.perf_counter() - start
-
-
-def decode(model, cache, new) -> list:
+def decode(model, cache, new, clock=None) -> list:
     """Feed new (B, STEPS) one token at a time. Returns for each step, for each layer, [slots of every row routed]."""
     trace = []
     for step in range(new.shape[1]):
         out = model(new[:, step:step + 1], task=TASK, routing="causal", cache=cache)
-        rows = [slice(None) if decision is None else decision.selected[:, 0] for decision in out.routing]
-        trace.append([layer.count[row] for layer, row in zip(cache.layers, rows)])
+        if clock is not None:
+            clock()
+        else:
+            rows = [slice(None) if decision is None else decision.selected[:, 0] for decision in out.routing]
+            trace.append([layer.count[row] for layer, row in zip(cache.layers, rows)])
     return trace
 
 
+class Clock:
+    """Seconds between calls, one list entry each; synchronises the device."""
+
+    def __init__(self, device):
+        self.device, self.seconds, self.last = device, [], None
+        self()
+
+    def __call__(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        if self.last is not None:
+            self.seconds.append(now - self.last)
+        self.last = now
+
+
 def products(model, trace, device) -> list:
-    """The matrix products of that decoding as a list of calls: what no implementation can leave out."""
-    config, calls = model.config, []
+    """The matrix products of that decoding, a list of calls a step: what no implementation can leave out."""
+    config, steps = model.config, []
     dtype, d = model.embed.weight.dtype, config.head_width
     for step in trace:
+        calls = []
         for block, slots in zip(model.blocks, step):
             if not len(slots):
                 continue
@@ -104,12 +110,20 @@ def products(model, trace, device) -> list:
                       (F.linear, x, block.attention.out.weight), (F.linear, x, block.mlp.up.weight),
                       (F.linear, hidden, block.mlp.down.weight)]
         calls.append((F.linear, torch.randn(len(step[0]), config.d_model, dtype=dtype, device=device), model.head.weight))
-    return calls
+        steps.append(calls)
+    return steps
 
 
-def run_products(calls: list) -> None:
-    for function, *arguments in calls:
-        function(*arguments)
+def run_products(steps: list, clock) -> None:
+    for calls in steps:
+        for function, *arguments in calls:
+            function(*arguments)
+        clock()
+
+
+def milliseconds(turns: list) -> float:
+    """Lists of seconds by step, one list a turn -> ms a step: the median over turns of every step, then their mean."""
+    return 1000 * statistics.mean(statistics.median(times) for times in zip(*turns))
 
 
 def measure(pair: dict, length: int, batch: int, device) -> dict:
@@ -131,9 +145,13 @@ def measure(pair: dict, length: int, batch: int, device) -> dict:
     for _ in range(TURNS):
         for name, model in pair.items():
             caches[name].rewind(marks[name])
-            seconds.setdefault(name, []).append(timed(lambda: decode(model, caches[name], new), device))
-            seconds.setdefault(f"{name}_products", []).append(timed(lambda: run_products(calls[name]), device))
-    ms = {name: 1000 * statistics.median(times) / STEPS for name, times in seconds.items()}
+            clock = Clock(device)
+            decode(model, caches[name], new, clock)
+            seconds.setdefault(name, []).append(clock.seconds)
+            clock = Clock(device)
+            run_products(calls[name], clock)
+            seconds.setdefault(f"{name}_products", []).append(clock.seconds)
+    ms = {name: milliseconds(turns) for name, turns in seconds.items()}
     out |= {f"{name}_ms": round(value, 3) for name, value in ms.items()}
     out |= {"speedup": ms["dense"] / ms["unimod"], "allowed": ms["dense_products"] / ms["unimod_products"],
             "tokens_per_second": 1000 * batch / ms["unimod"], "dense_tokens_per_second": 1000 * batch / ms["dense"]}
@@ -142,14 +160,17 @@ def measure(pair: dict, length: int, batch: int, device) -> dict:
 
 
 def cached_against_recomputed(pair: dict, device, first: int = 192, last: int = 256) -> dict:
-    """Seconds a token for tokens `first` to `last` of one row, behind a cache and by running the whole prefix again."""
+    """Milliseconds a token (median) for tokens `first` to `last` of one row, behind a cache and by running the whole prefix again."""
     ids, out = torch.randint(pair["dense"].config.vocab_size, (1, last), device=device), {}
     for name, model in pair.items():
-        cache = prefilled(model, ids[:, :first], 1, last - first)
-        cached = timed(lambda: decode(model, cache, ids[:, first:]), device)
-        again = timed(lambda: [model(ids[:, :stop], task=TASK, routing="causal") for stop in range(first, last)], device)
-        out[name] = {"cached_ms": 1000 * cached / (last - first), "recomputed_ms": 1000 * again / (last - first),
-                     "ratio": again / cached}
+        cache, clock = prefilled(model, ids[:, :first], 1, last - first), Clock(device)
+        decode(model, cache, ids[:, first:], clock)
+        for stop in range(first, last):
+            model(ids[:, :stop], task=TASK, routing="causal")
+            clock()
+        cached, again = (1000 * statistics.median(part) for part in (clock.seconds[:last - first],
+                                                                     clock.seconds[last - first:]))
+        out[name] = {"cached_ms": cached, "recomputed_ms": again, "ratio": again / cached}
     return out
 
 

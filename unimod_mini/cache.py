@@ -10,7 +10,7 @@ nothing and leaves nothing behind. Row b of a layer fills its slots 0 .. count_b
 Departure from the usual: rows of one batch have different lengths in the same layer, so slots carry positions.
 
 Legend: B rows, t new tokens a row, N new tokens that a layer routes (all rows), M at most of one row, S slots,
-R rows with new tokens, H heads, G key/value heads, d head width.
+R rows that a single token routes, H heads, G key/value heads, d head width.
 """
 
 import torch
@@ -28,54 +28,63 @@ class LayerCache:
         self.count = torch.zeros(batch, dtype=torch.long, device=device)
         self.k = self.v = self.positions = None            # made with the first tokens, which know dtype and width
 
-    def begin(self, row: Tensor, positions: Tensor, spans: Tensor | None) -> None:
-        """Which packed tokens come next: row, positions and spans (N,), row by row in the order of the sequence."""
-        self.row, self.new_positions, self.new_spans = row, positions, spans
+    def begin(self, row: Tensor, positions: Tensor, spans: Tensor | None, single: bool) -> None:
+        """Which packed tokens come next: row, positions and spans (N,), row by row in the order of the sequence.
+
+        single: a chunk of one token, so no row is named twice."""
+        self.row, self.new_positions, self.new_spans, self.single = row, positions, spans, single
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Stores k and v (1, G, N, d) of the packed tokens; q (1, H, N, d) -> (1, H, N, d), each over its own row."""
-        new = torch.bincount(self.row, minlength=len(self.count))                          # (B,)
-        column = torch.arange(len(self.row), device=q.device) - (new.cumsum(0) - new)[self.row]
-        slot, self.count = self.count[self.row] + column, self.count + new
-        counts, fresh = self.count.tolist(), new.tolist()
+        column, slot = 0, self.count[self.row]
+        if not self.single:                                # the n-th new token of its row goes n slots further
+            new = torch.bincount(self.row, minlength=len(self.count))                      # (B,)
+            column = torch.arange(len(self.row), device=q.device) - (new.cumsum(0) - new)[self.row]
+            slot = slot + column
+        self.count = self.count.index_add(0, self.row, torch.ones_like(self.row))
+        counts = self.count.tolist()
         self.reserve(max(counts), k, v)
         self.k[self.row, :, slot], self.v[self.row, :, slot] = k[0].transpose(0, 1), v[0].transpose(0, 1)
         self.positions[self.row, slot] = self.new_positions.to(torch.int32)
-        even = min(fresh) == max(fresh) and min(counts) == max(counts)
-        if max(fresh) == 1 and not even and q.device.type == "cpu":
-            return self.attend_one_by_one(q, counts)
-        return self.attend_together(q, slot, column, max(fresh), max(counts), even)
+        if self.single:
+            return self.attend_single(q, counts)
+        return self.attend_chunk(q, slot, column, counts, new.tolist())
 
-    def attend_one_by_one(self, q: Tensor, counts: list) -> Tensor:
-        """Decoding on a CPU: every routed row over exactly its own slots. No row's cache is copied or read in vain."""
-        rows = [attend(q[:, :, n:n + 1], self.k[b:b + 1, :, :counts[b]], self.v[b:b + 1, :, :counts[b]])
-                for n, b in enumerate(self.row.tolist())]
-        return torch.cat(rows, 2)
+    def attend_single(self, q: Tensor, counts: list) -> Tensor:
+        """Decoding, one new token in each of R rows: its query over all slots of its row."""
+        S, rows = max(counts), self.row
+        query = q[0].transpose(0, 1)[:, :, None]                                            # (R, H, 1, d)
+        if len(rows) == len(counts) and min(counts) == S:                                   # all rows, equally long
+            y = attend(query, self.k[:, :, :S], self.v[:, :, :S])
+        elif q.device.type == "cpu":                       # row by row: no cache is copied or read past its end
+            y = torch.cat([attend(query[n:n + 1], self.k[b:b + 1, :, :counts[b]], self.v[b:b + 1, :, :counts[b]])
+                           for n, b in enumerate(rows.tolist())])
+        else:
+            used = torch.arange(S, device=q.device) < self.count[rows, None]                # (R, S)
+            y = attend(query, self.k[rows, :, :S], self.v[rows, :, :S], used[:, None, None])
+        return y[:, :, 0].transpose(0, 1)[None]
 
-    def attend_together(self, q: Tensor, slot: Tensor, column: Tensor, M: int, S: int, even: bool) -> Tensor:
-        """One kernel for all rows: the packed queries in a grid (R, H, M, d), the mask rule over the slots in use."""
-        rows, grid_row = torch.unique(self.row, return_inverse=True)                        # (R,), (N,)
-        everyone = len(rows) == len(self.count)
-        k, v = (self.k, self.v) if everyone else (self.k[rows], self.v[rows])
-        k, v = k[:, :, :S], v[:, :, :S]                                                     # (R, G, S, d)
-        grid = q.new_zeros(len(rows), M, *q.shape[1::2])                                    # (R, M, H, d)
-        grid[grid_row, column] = q[0].transpose(0, 1)
-        plain = even and everyone and self.new_spans is None and M in (1, S)
-        mask = None if plain else self.mask(rows, grid_row, slot, column, M, S)
-        y = attend(grid.transpose(1, 2), k, v, mask, causal=plain and M > 1)                # (R, H, M, d)
-        return y.transpose(1, 2)[grid_row, column].transpose(0, 1)[None]
+    def attend_chunk(self, q: Tensor, slot: Tensor, column: Tensor, counts: list, new: list) -> Tensor:
+        """One kernel for all rows: the packed queries in a grid (B, H, M, d), the mask rule over the slots in use."""
+        M, S, row = max(new), max(counts), self.row
+        grid = q.new_zeros(len(counts), M, *q.shape[1::2])                                  # (B, M, H, d)
+        grid[row, column] = q[0].transpose(0, 1)
+        plain = min(new) == M == min(counts) == S and self.new_spans is None                # a first chunk, no padding
+        y = attend(grid.transpose(1, 2), self.k[:, :, :S], self.v[:, :, :S],
+                   None if plain else self.mask(slot, column, M, S), causal=plain)          # (B, H, M, d)
+        return y.transpose(1, 2)[row, column].transpose(0, 1)[None]
 
-    def mask(self, rows, grid_row, slot, column, M: int, S: int) -> Tensor:
-        """(R, 1, M, S) bool: a used slot, and pos_j <= pos_i or both new and in the same span."""
-        position = self.positions.new_zeros(len(rows), M)
-        position[grid_row, column] = self.new_positions.to(torch.int32)
-        used = torch.arange(S, device=slot.device) < self.count[rows, None]                 # (R, S)
-        see = self.positions[rows, None, :S] <= position[:, :, None]
+    def mask(self, slot: Tensor, column: Tensor, M: int, S: int) -> Tensor:
+        """(B, 1, M, S) bool: a used slot, and pos_j <= pos_i or both new and in the same span."""
+        B, row = len(self.count), self.row
+        position = self.positions.new_zeros(B, M)
+        position[row, column] = self.new_positions.to(torch.int32)
+        see = self.positions[:, None, :S] <= position[:, :, None]
         if self.new_spans is not None:
-            mine, theirs = slot.new_zeros(len(rows), M), slot.new_zeros(len(rows), S)
-            mine[grid_row, column], theirs[grid_row, slot] = self.new_spans, self.new_spans
+            mine, theirs = slot.new_zeros(B, M), slot.new_zeros(B, S)
+            mine[row, column], theirs[row, slot] = self.new_spans, self.new_spans
             see = see | ((theirs[:, None] == mine[:, :, None]) & (mine != 0)[:, :, None])
-        return (see & used[:, None])[:, None]
+        return (see & (torch.arange(S, device=slot.device) < self.count[:, None])[:, None])[:, None]
 
     def reserve(self, n: int, k: Tensor, v: Tensor) -> None:
         """Make room for n slots a row: the plan's capacity at first, half as much again whenever a row needs more."""
@@ -118,7 +127,7 @@ class Cache:
         self.n_image = torch.zeros_like(self.count)                                # image tokens so far
 
     def begin(self, context: Context) -> None:
-        """Before the first layer: the packed coordinates of all valid tokens, which dense layers route."""
+        """Before the first layer: the (row, column) of all valid tokens, which dense layers route."""
         self.everyone = context.valid.nonzero(as_tuple=True)
 
     def end(self, context: Context) -> None:

@@ -116,7 +116,7 @@ class Plan:
 
 class Routing(NamedTuple):
     """What one routed layer decided. live is None when every slot is used (no padding, top-k)."""
-    indices: Tensor        # (B, K) long, the used slots first and strictly ascending
+    indices: Tensor | None # (B, K) long, the used slots first and strictly ascending; None behind a cache
     live: Tensor | None    # (B, K) bool, False marks a spare slot: no key, writes nothing
     selected: Tensor       # (B, T) bool, the same decision by token
     scores: Tensor         # (B, T) router scores r
@@ -225,10 +225,10 @@ class TaskRouter(nn.Module):
         for task in tasks:
             self.register_buffer(f"threshold_{task}", torch.zeros(()))
 
-    def forward(self, x: Tensor, task: str, keep: float, context, rule: str, before=(0, 0)) -> Routing:
+    def forward(self, x: Tensor, task: str, keep: float, context, rule: str, before=None) -> Routing:
         """x (B, T, D) -> Routing. rule: "topk" looks at the whole sequence, "causal" decides token by token.
 
-        before: how many tokens earlier chunks had, and how many of those this layer kept, (B, 1) each.
+        before: behind a cache, how many tokens earlier chunks had and how many of those this layer kept, (B, 1) each.
         """
         with torch.autocast(x.device.type, enabled=False):  # bf16 scores would tie by the dozen
             scores = self.score(x.to(self.score.weight.dtype)).squeeze(-1)                # r = R_t(x)   (B, T)
@@ -237,8 +237,8 @@ class TaskRouter(nn.Module):
         if rule == "topk":
             indices, live, selected = select_topk(scores, keep, context.valid, context.order)
         else:
-            selected = self.causal_selection(scores, logits, task, keep, context, before)
-            indices, live = slots(selected, int(selected.sum(1).max()))
+            selected = self.causal_selection(scores, logits, task, keep, context, before or (0, 0))
+            indices, live = (None, None) if before else slots(selected, int(selected.sum(1).max()))
         return Routing(indices, live, selected, scores, logits)
 
     def causal_selection(self, scores, logits, task, keep, context, before=(0, 0)) -> Tensor:

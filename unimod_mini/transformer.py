@@ -110,7 +110,7 @@ class Context(NamedTuple):
     positions: Tensor              # (B, T)
     spans: Tensor | None           # (B, T), 0 = causal
     valid: Tensor | None           # (B, T) bool
-    order: Tensor                  # (B, T) order in which ties are broken
+    order: Tensor | None           # (B, T) order in which ties are broken
     rope: Tensor                   # (B, T, 2, rope_dims / 2) cos and sin
     mask: Tensor | None            # (B, 1, T, T); None: plain causal, the fast kernel
     sorted: bool                   # positions ascend with the index, so that a sorted subset is causal too
@@ -161,8 +161,10 @@ class Attention(nn.Module):
         """x (B, T, D) -> q (B, H, T, d), k and v (B, G, T, d), rotated."""
         (B, T, _), H, G = x.shape, self.config.n_head, self.config.n_kv_head
         qkv = self.qkv(x).view(B, T, H + 2 * G, -1)                          # (B, T, H + 2G, d)
-        q, k, v = qkv.split((H, G, G), dim=2)
-        q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)
+        qk, v = qkv.split((H + G, G), dim=2)
+        if self.config.qk_norm:
+            qk = torch.cat((self.q_norm(qk[:, :, :H]), self.k_norm(qk[:, :, H:])), dim=2)
+        q, k = rotate(qk, rope).split((H, G), dim=2)
         on_cpu = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
         dtype = torch.float32 if on_cpu else v.dtype       # bf16 attention is slower than float32 on a CPU
         return (x.to(dtype).transpose(1, 2) for x in (q, k, v))
@@ -327,12 +329,19 @@ class UnifiedTransformer(nn.Module):
             token = decision.selected.nonzero(as_tuple=True)                               # rows (N,), columns (N,)
         if len(token[0]) == 0:
             return x, decision
-        own.begin(token[0], context.positions[token], None if context.spans is None else context.spans[token])
-        packed = x[token]                                                                  # (N, D)
-        update = self.blocks[layer](packed[None], context.rope[token][None], None, own)[0]
+        everything = len(token[0]) == x.shape[0] * x.shape[1]                              # then packing is a view
+
+        def pack(y):                                                                       # (B, T, ..) -> (N, ..)
+            return y.flatten(0, 1) if everything else y[token]
+
+        own.begin(token[0], pack(context.positions), None if context.spans is None else pack(context.spans),
+                  single=x.shape[1] == 1)
+        packed = pack(x)
+        update = self.blocks[layer](packed[None], pack(context.rope)[None], None, own)[0]  # (N, D)
         if decision is not None:
-            update = GATES[self.config.gate](decision.scores[token])[:, None] * update
-        return x.index_put(token, (packed + update).to(x.dtype)), decision
+            update = GATES[self.config.gate](pack(decision.scores))[:, None] * update
+        new = (packed + update).to(x.dtype)
+        return new.view_as(x) if everything else x.index_put(token, new), decision
 
     def subset_mask(self, context: Context, indices: Tensor, live: Tensor | None) -> Tensor | None:
         """The mask of the kept tokens, from their own positions and spans. Spare slots sort last: causal hides them."""
@@ -351,7 +360,9 @@ class UnifiedTransformer(nn.Module):
         plain = cache is not None or (counted and valid is None and spans is None)
         mask = None if plain else attention_mask(positions, spans, valid)
         rope = rotary(positions, self.config.rope_dims, self.config.rope_theta)
-        return Context(positions, spans, valid, tie_order(*ids.shape, valid, ids.device, before), rope, mask, counted)
+        ranks = cache is None or spans is not None         # a cache without spans leaves every decision to predictors
+        order = tie_order(*ids.shape, valid, ids.device, before) if ranks else None
+        return Context(positions, spans, valid, order, rope, mask, counted)
 
     def check(self, ids, task, positions, spans, valid, routing, cache) -> None:
         """Every error here is about the call, not about tensor values, except the id range on a CPU."""
