@@ -178,15 +178,15 @@ def switch(dense, sampler, method: str, budget: float, device) -> tuple[Plan, di
 
 def judge(dense, routed, sampler, seed: int, drawing: dict, flops: dict, step_ms: dict, device) -> dict:
     """Thresholds, then the accuracies of dense, of the method with top-k and with causal routing; the predictors."""
-    calibrate(routed, {task: batch.to(device) for task, batch in sampler(128, 128).items()})
-    fresh = {task: batch.to(device) for task, batch in sampler(128, 128).items()}
+    seen, fresh = ({task: batch.to(device) for task, batch in sampler(128, 128).items()} for _ in range(2))
     results = {}
-    for name, model, routing in (("dense", dense, "causal"), ("topk", routed, "topk"), ("causal", routed, "causal")):
-        with precision(device):
-            results[name] = evaluate(model, sampler.tokenizer, sampler.world, routing, EVAL_SCENES, seed, drawing, name)
-        kind = "dense" if name == "dense" else "routed"
-        results[name] |= {"train_flops": flops[kind], "step_ms": round(step_ms[kind], 1)}
-    return {**results, "predictor": predictor_report(routed, fresh)}
+    with precision(device):                                # thresholds in the precision that they serve in
+        calibrate(routed, seen)
+        for name, model, rule in (("dense", dense, "causal"), ("topk", routed, "topk"), ("causal", routed, "causal")):
+            kind = "dense" if name == "dense" else "routed"
+            results[name] = evaluate(model, sampler.tokenizer, sampler.world, rule, EVAL_SCENES, seed, drawing, name)
+            results[name] |= {"train_flops": flops[kind], "step_ms": round(step_ms[kind], 1)}
+        return {**results, "predictor": predictor_report(routed, fresh)}
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -63,12 +63,13 @@ def main() -> None:
 def judge(model, data, world, scenes: int, drawing: dict, device) -> list:
     """Losses on fresh data, the four accuracies, agreement with top-k and its base rate."""
     fresh = {task: batch.to(device) for task, batch in data(256, 256).items()}
-    calibrate(model, {task: batch.to(device) for task, batch in data(128, 128).items()})
+    seen = {task: batch.to(device) for task, batch in data(128, 128).items()}
     with toy.precision(device):
+        calibrate(model, seen)
         losses = [task_losses(model, fresh[task], task).task.item() for task in ("t2i", "mmu")]
         scores = [evaluate(model, data.tokenizer, world, routing, scenes, 0, drawing, routing)
                   for routing in ("topk", "causal")]
-    report = predictor_report(model, fresh)
+        report = predictor_report(model, fresh)
     accuracies = [score[key] for key in ("t2i_accuracy", "mmu_accuracy") for score in scores]
     return [*losses, *accuracies, report["accuracy"], report["base_rate"]]
 

@@ -207,3 +207,14 @@ def test_terminal_and_png_show_every_picture(tmp_path, monkeypatch):
     pytest.importorskip("PIL")
     save_png(images, ["a"] * 3, tmp_path / "s.png")
     assert (tmp_path / "s.png").stat().st_size > 0
+
+
+def test_thresholds_are_compared_in_full_precision():
+    """A threshold midway between two bf16 logits separates them: rounded to bf16 itself it would equal one of them."""
+    router = UnifiedTransformer(setup("emu3")[3], Plan({"t2i": (0.5, 0.3), "mmu": (0.7, 1)})).router(0, "t2i")
+    low, high = torch.tensor([1.0, 1.0078125], dtype=torch.bfloat16)         # neighbours in bf16
+    router.threshold_t2i.fill_((low.float() + high.float()) / 2)
+    assert router.over_threshold(torch.stack((low, high)), "t2i").tolist() == [False, True]
+    below, above = low - 0.0078125, high + 0.0078125
+    router.threshold_t2i.fill_((high.float() + above.float()) / 2)
+    assert router.over_threshold(torch.stack((below, low, high, above)), "t2i").tolist() == [False, False, False, True]

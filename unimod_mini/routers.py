@@ -241,13 +241,18 @@ class TaskRouter(nn.Module):
             indices, live = (None, None) if before else slots(selected, int(selected.sum(1).max()))
         return Routing(indices, live, selected, scores, logits)
 
+    def over_threshold(self, logits: Tensor, task: str) -> Tensor:
+        """Membership logits -> bool, compared in the threshold's dtype: rounded to bf16 it would fall on a score."""
+        threshold = getattr(self, f"threshold_{task}")
+        return logits.to(threshold.dtype) > threshold
+
     def causal_selection(self, scores, logits, task, keep, context, before=(0, 0)) -> Tensor:
         """(B, T) bool: token i is kept when predictor_i > threshold.
 
         Show-o generates an image in parallel, so in t2i a span ranks itself: of its own tokens it takes the top
         K - (tokens kept before it), clamped to [0, its length], where K counts the tokens up to its end.
         """
-        selected = logits > getattr(self, f"threshold_{task}").to(logits.dtype)
+        selected = self.over_threshold(logits, task)
         valid = torch.ones_like(selected) if context.valid is None else context.valid
         selected = selected & valid
         if task != "t2i" or context.spans is None:

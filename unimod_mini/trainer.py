@@ -113,8 +113,8 @@ def predictor_report(model: UnifiedTransformer, batches: dict) -> dict:
         causal = model(**batch.inputs(), task=task, routing="causal").routing
         for layer, (target, realised) in enumerate(zip(topk, causal)):
             if target is not None:
-                threshold = model.router(layer, task).get_buffer(f"threshold_{task}")
-                kept, said = target.selected[asked], target.predictor[asked] > threshold
+                kept = target.selected[asked]
+                said = model.router(layer, task).over_threshold(target.predictor[asked], task)
                 both, share = (kept & said).sum(), kept.float().mean()
                 values = {"accuracy": (said == kept).float().mean(), "base_rate": torch.maximum(share, 1 - share),
                           "precision": both / said.sum().clamp(min=1), "recall": both / kept.sum().clamp(min=1),
