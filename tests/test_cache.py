@@ -1,10 +1,11 @@
 """unimod_mini.cache: decoding behind a cache against the one causal forward, and what the cache holds, in float64."""
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from helpers import BACKBONES, build, calls, keeps, plans, real, seeds, tiny
+from unimod_mini import cache as cache_module
 from unimod_mini.cache import Cache
 from unimod_mini.routers import Plan, TaskRouter, capacity
 from unimod_mini.transformer import UnifiedTransformer
@@ -70,10 +71,13 @@ def test_any_chunks_equal_the_full_forward(backbone, task, plan, data, ties):
                 assert layer.positions[row, :count].tolist() == place[row][kept[row]].tolist()
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.parametrize("by_row", ((), ("cpu",)))
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(**everything)
-def test_a_row_equals_the_row_alone(backbone, task, plan, data):
-    """Decoding a padded batch one token at a time gives each row's logits as if it were decoded alone, unpadded."""
+def test_a_row_equals_the_row_alone(monkeypatch, by_row, backbone, task, plan, data):
+    """Decoding a padded batch one token at a time gives each row's logits as if it were decoded alone, unpadded;
+    row by row, as on a CPU, and side by side, as on a GPU."""
+    monkeypatch.setattr(cache_module, "BY_ROW", by_row)
     model = build(tiny(backbone), plan)
     inputs = data.draw(calls(model.config, places="default", padding=paddings, spans=False))
     logits, _, _ = feed(model, task, inputs, range(1, inputs["ids"].shape[1]))

@@ -19,6 +19,8 @@ from torch import Tensor
 from .routers import capacity
 from .transformer import Context, UnifiedTransformer, attend
 
+BY_ROW = ("cpu",)   # devices on which ragged rows are decoded one after the other; elsewhere they are copied side by side
+
 
 class LayerCache:
     """One layer: k and v (B, G, S, d), positions (B, S) int32, count (B,) of the slots in use."""
@@ -56,7 +58,7 @@ class LayerCache:
         query = q[0].transpose(0, 1)[:, :, None]                                            # (R, H, 1, d)
         if len(rows) == len(counts) and min(counts) == S:                                   # all rows, equally long
             y = attend(query, self.k[:, :, :S], self.v[:, :, :S])
-        elif q.device.type == "cpu":                       # row by row: no cache is copied or read past its end
+        elif q.device.type in BY_ROW:                      # no cache is copied, none is read past its end
             y = torch.cat([attend(query[n:n + 1], self.k[b:b + 1, :, :counts[b]], self.v[b:b + 1, :, :counts[b]])
                            for n, b in enumerate(rows.tolist())])
         else:
