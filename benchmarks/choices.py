@@ -5,7 +5,7 @@
 
 For each value of the config field: the losses at the end (on fresh data), free-running accuracies with top-k
 and with causal routing, how often membership agrees with top-k, and its base rate. --dense keeps the dense model in
-this file and takes it from there the next time.
+this file and takes it, and its steps, from there the next time.
 """
 
 import argparse
@@ -36,12 +36,15 @@ def main() -> None:
     world, tokenizer = toy.make_world(toy.parse(["--backbone", args.backbone]))
     sampler = toy.Sampler(world, tokenizer, 0, setting["t2i"], setting["mmu"])
     if args.dense and Path(args.dense).exists():
-        dense, _ = load_checkpoint(args.dense, device)
+        dense, stored = load_checkpoint(args.dense, device)
+        if dense.config != toy.toy_config(args.backbone, tokenizer):
+            parser.error(f"{args.dense} holds another model than --backbone {args.backbone} makes")
+        args.steps = stored["steps"]
     else:
         dense = toy.UnifiedTransformer(toy.toy_config(args.backbone, tokenizer)).to(device)
         toy.train(dense, sampler, args.steps, 0.0, device, "dense")
         if args.dense:
-            save_checkpoint(args.dense, dense)
+            save_checkpoint(args.dense, dense, steps=args.steps)
     samples = {task: batch.to(device) for task, batch in toy.Sampler(world, tokenizer, 1, 20, 50)().items()}
     lengths = {task: tokenizer.length(task) for task in samples}
     plan = plan_for_budget("unimod", arank_table(dense, samples), dense.config, lengths, setting["budget"])

@@ -56,7 +56,7 @@ def prefilled(model, prompt, batch: int, n_new: int) -> Cache:
         model(chunk, task=TASK, routing="causal", cache=few)
     cache = Cache(model, TASK, batch, T + n_new)
     again = torch.arange(batch, device=prompt.device) % D
-    cache.length, cache.count, cache.n_image = few.length, few.count[again], few.n_image[again]
+    cache.length, cache.n_valid, cache.n_image = few.length, few.n_valid[again], few.n_image[again]
     for layer, source in zip(cache.layers, few.layers):
         layer.n_slot, layer.count = source.n_slot, source.count[again]
         layer.k, layer.v, layer.positions = source.k[again], source.v[again], source.positions[again]
@@ -84,32 +84,32 @@ class Clock:
         self()
 
     def __call__(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
         now = time.perf_counter()
         if self.last is not None:
             self.seconds.append(now - self.last)
         self.last = now
 
 
-def products(model, trace, device) -> list:
+def products(model, trace, keys, values) -> list:
     """The matrix products of that decoding, a list of calls a step: what no implementation can leave out."""
     config, steps = model.config, []
-    dtype, d = model.embed.weight.dtype, config.head_width
+    like, d = {"dtype": keys.dtype, "device": keys.device}, config.head_width
     for step in trace:
         calls = []
         for block, slots in zip(model.blocks, step):
             if not len(slots):
                 continue
             rows, length = len(slots), max(1, round(slots.float().mean().item()))
-            x = torch.randn(rows, config.d_model, dtype=dtype, device=device)
-            hidden = torch.randn(rows, config.d_ff, dtype=dtype, device=device)
-            q = torch.randn(rows, config.n_head, 1, d, dtype=dtype, device=device)
-            k, v = KEYS[:rows, :, :length], VALUES[:rows, :, :length]
+            x = torch.randn(rows, config.d_model, **like)
+            hidden = torch.randn(rows, config.d_ff, **like)
+            q = torch.randn(rows, config.n_head, 1, d, **like)
+            k, v = keys[:rows, :, :length], values[:rows, :, :length]
             calls += [(F.linear, x, block.attention.qkv.weight), (F.scaled_dot_product_attention, q, k, v),
                       (F.linear, x, block.attention.out.weight), (F.linear, x, block.mlp.up.weight),
                       (F.linear, hidden, block.mlp.down.weight)]
-        calls.append((F.linear, torch.randn(len(step[0]), config.d_model, dtype=dtype, device=device), model.head.weight))
+        calls.append((F.linear, torch.randn(len(step[0]), config.d_model, **like), model.head.weight))
         steps.append(calls)
     return steps
 
@@ -128,19 +128,18 @@ def milliseconds(turns: list) -> float:
 
 def measure(pair: dict, length: int, batch: int, device) -> dict:
     """One line of the table: medians over TURNS turns of dense, UniMoD and their rooflines."""
-    global KEYS, VALUES
     config = pair["dense"].config
     generator = torch.Generator().manual_seed(length + batch)
     prompt, new = (torch.randint(config.vocab_size, shape, generator=generator).to(device)
                    for shape in ((min(batch, DISTINCT), length), (batch, STEPS)))
     shape = (batch, config.n_head, length + STEPS, config.head_width)
-    KEYS, VALUES = (torch.randn(shape, device=device).to(pair["dense"].embed.weight.dtype) for _ in range(2))
+    keys, values = (torch.randn(shape, device=device).to(pair["dense"].embed.weight.dtype) for _ in range(2))
     seconds, out = {}, {"prompt": length, "batch": batch}
     caches = {name: prefilled(model, prompt, batch, STEPS) for name, model in pair.items()}
     marks = {name: cache.mark() for name, cache in caches.items()}
     calls = {}
     for name, model in pair.items():                       # a warm-up, and the row counts that really occur
-        calls[name] = products(model, decode(model, caches[name], new), device)
+        calls[name] = products(model, decode(model, caches[name], new), keys, values)
         out[f"{name}_bytes"], out[f"{name}_used"] = caches[name].nbytes(), caches[name].nbytes(used=True)
     for _ in range(TURNS):
         for name, model in pair.items():

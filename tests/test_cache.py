@@ -170,7 +170,7 @@ def test_rows_that_finish_early(backbone):
     for b, n in enumerate((10, 4, 7)):
         alone = model(ids[b:b + 1, :n], task="mmu", routing="causal").logits[0]
         torch.testing.assert_close(logits[b, :n], alone, **near)
-    assert cache.layers[0].count.tolist() == [10, 4, 7] == cache.count.flatten().tolist()
+    assert cache.layers[0].count.tolist() == [10, 4, 7] == cache.n_valid.flatten().tolist()
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -178,7 +178,7 @@ def test_bf16_with_membership_forced(backbone, monkeypatch):
     """In bf16 a score may fall on the other side of its threshold; with the membership given by position the cached
     logits are the uncached ones up to bf16 noise, and no later token reaches an earlier logit."""
     monkeypatch.setattr(TaskRouter, "causal_selection",
-                        lambda self, scores, logits, task, keep, context, before:
+                        lambda self, scores, logits, task, keep, context, before=None:
                         (context.positions * 5 % 7 < 7 * keep) & (True if context.valid is None else context.valid))
     model = build(tiny(backbone), one_plan(1, .5, .3), dtype=torch.bfloat16)
     ids = torch.randint(30, (2, 14), generator=torch.Generator().manual_seed(2))
@@ -206,7 +206,7 @@ def test_a_chunk_of_padding_alone():
     with torch.no_grad():
         model(torch.zeros(2, 3, dtype=torch.long), task="mmu", routing="causal", cache=cache,
               valid=torch.zeros(2, 3, dtype=torch.bool))
-    assert cache.nbytes(used=True) == 0 and cache.count.tolist() == [[0], [0]] and cache.length == 3
+    assert cache.nbytes(used=True) == 0 and cache.n_valid.tolist() == [[0], [0]] and cache.length == 3
 
 
 @pytest.mark.parametrize("case, message", [
@@ -222,6 +222,41 @@ def test_calls_that_cannot_be_right(case, message):
     call = dict(ids=torch.zeros(2, 2, dtype=torch.long), task="mmu", routing="causal", cache=Cache(model, "mmu", 2, 8))
     with pytest.raises(ValueError, match=message):
         model(**call | case)
+
+
+@pytest.mark.parametrize("cut", range(1, 10))
+def test_a_chunk_that_cuts_a_span(cut):
+    """A span in two chunks would be routed and masked wrongly: a ValueError, also when padding lies at the cut."""
+    model = build(tiny("showo"), one_plan(1, .5, 1))
+    ids, spans = torch.arange(20).view(2, 10), torch.tensor([[0, 0, 1, 1, 1, 1, 1, 0, 0, 0]] * 2)
+    valid = torch.ones(2, 10, dtype=torch.bool)
+    valid[:, 4] = False
+    for inputs in ({"ids": ids, "spans": spans}, {"ids": ids, "spans": spans, "valid": valid}):
+        if 2 < cut < 7:
+            with pytest.raises(ValueError, match="a chunk cuts a bidirectional span: feed all its tokens in one call"):
+                feed(model, "t2i", inputs, [cut])
+        else:
+            feed(model, "t2i", inputs, [cut])
+
+
+def test_what_is_stored_carries_no_gradient():
+    """Without no_grad the cache still holds plain numbers, and a step does not drag the last one's graph along."""
+    model = build(tiny("emu3"), one_plan(1, .5, 1))
+    cache = Cache(model, "mmu", 1, 8)
+    for i in range(3):
+        logits = model(torch.tensor([[i]]), task="mmu", routing="causal", cache=cache).logits
+    assert not cache.layers[0].k.requires_grad and logits.requires_grad
+
+
+def test_another_dtype_in_a_later_chunk():
+    """Keys of another dtype than those stored are a ValueError, and the cache stays as it was."""
+    model = build(tiny("emu3"), one_plan(1, 1, 1), dtype=torch.float32)
+    cache = Cache(model, "mmu", 1, 8)
+    with torch.no_grad():
+        model(torch.tensor([[1, 2]]), task="mmu", routing="causal", cache=cache)
+        with pytest.raises(ValueError, match="this cache holds torch.float32, the new keys are torch.float64"):
+            model.double()(torch.tensor([[3]]), task="mmu", routing="causal", cache=cache)
+    assert cache.length == 2 and cache.layers[0].count.tolist() == [2]
 
 
 def test_a_cache_for_an_unknown_task():

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from unimod_mini import Palette, Plan, Tokenizer, UnifiedTransformer, WordText, load_checkpoint, save_checkpoint
-from unimod_mini.generate import main, parser
+from unimod_mini.generate import generate_image, main, parser
 from unimod_mini.show import enlarged, kept_tokens, read_png, write_png
 from unimod_mini.transformer import ModelConfig
 
@@ -33,22 +33,26 @@ def test_the_flags_are_frozen():
     flags = {a.option_strings[0]: a.default for a in parser()._actions if a.option_strings[0] != "-h"}
     assert flags == {"--checkpoint": None, "--prompt": None, "--image": None, "--question": None, "--explain": False,
                      "--routing": "causal", "--temperature": None, "--guidance": None, "--steps": None, "--top-k": None,
-                     "--top-p": 1.0, "--seed": 0, "--device": None, "--out": "drawn.png"}
+                     "--top-p": None, "--seed": 0, "--device": None, "--out": "drawn.png"}
 
 
 def test_draw_then_ask(checkpoint, tmp_path, capsys):
-    """--prompt draws a PNG that --image reads back to the same patches; --explain writes what each layer kept; nothing
-    else is left behind; the same seed draws the same picture."""
+    """--prompt draws the picture of generate_image as a PNG that reads back pixel by pixel; --explain writes what each
+    layer kept under the rule that was asked for; nothing else is left behind; the same seed draws the same picture."""
     drawn, common = tmp_path / "a.png", ["--checkpoint", str(checkpoint), "--device", "cpu"]
     main([*common, "--prompt", "two red rings", "--out", str(drawn), "--explain"])
     out = capsys.readouterr().out
-    assert "\x1b[" in out and "layer 1:" in out and "a.png written" in out and "a-kept.png written" in out
-    first = drawn.read_bytes()
+    assert "\x1b[" in out and "layer 1, causal:" in out and "a.png written" in out and "a-kept.png written" in out
+    first, (model, stored) = drawn.read_bytes(), load_checkpoint(checkpoint)
+    image = generate_image(model, Tokenizer.from_state(stored["tokenizer"]), "two red rings", **stored["drawing"])
+    assert torch.equal(read_png(drawn, 4, 6), image)
     main([*common, "--prompt", "two red rings", "--out", str(drawn)])
     assert drawn.read_bytes() == first
     main([*common, "--image", str(drawn), "--question", "describe ?", "--explain", "--out", str(tmp_path / "b.png")])
     out = capsys.readouterr().out
-    assert "describe ?" in out and "layer 0:" in out and "layer 2:" in out and "layer 1:" not in out
+    assert "describe ?" in out and "layer 0, causal:" in out and "layer 2, causal:" in out and "layer 1" not in out
+    main([*common, "--image", str(drawn), "--question", "two", "--explain", "--routing", "topk", "--out", str(tmp_path / "b.png")])
+    assert "layer 0, topk:" in capsys.readouterr().out
     assert {p.name for p in tmp_path.iterdir()} == {"checkpoint.pt", "a.png", "a-kept.png", "b-kept.png"}
 
 
@@ -60,7 +64,11 @@ def test_draw_then_ask(checkpoint, tmp_path, capsys):
     (["--prompt", "red", "--checkpoint", "bare.pt"], "bare.pt holds no tokenizer"),
     (["--prompt", "red", "--device", "toaster"], "no device 'toaster' here: choose from"),
     (["--prompt", "red", "--out", "nowhere/a.png"], "there is no folder nowhere"),
-    (["--prompt", "red", "--temperature", "-1"], "temperature must be >= 0"),
+    (["--prompt", "red", "--device", "cpu:x"], "no device 'cpu:x' here: choose from"),
+    (["--prompt", "red", "--out", "."], "or it is itself a folder"),
+    (["--image", "small.png", "--question", "two", "--explain", "--out", "nowhere/a.png"], "there is no folder nowhere"),
+    (["--prompt", "red", "--temperature", "-1"], "temperature must be finite and >= 0"),
+    (["--prompt", "red", "--temperature", "nan"], "temperature must be finite and >= 0"),
     (["--image", "small.png", "--question", "describe ?"], "small.png has 5x4 pixels, this model sees 6x4"),
     (["--image", "foreign.pt", "--question", "describe ?"], "foreign.pt cannot be read as a picture"),
     (["--image", "missing.png", "--question", "describe ?"], "missing.png does not exist"),
@@ -87,23 +95,37 @@ def test_one_thing_at_a_time(checkpoint, arguments, capsys):
     assert "give either --prompt, or --image with --question" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("arguments, message", [(["--prompt", "a", "--top-k", "3"], "--top-k: not for pictures"),
+                                                (["--image", "a", "--question", "b", "--steps", "3"], "--steps: not for answers")])
+def test_options_that_would_not_be_read(checkpoint, arguments, message, capsys):
+    """An option of the other task is refused."""
+    with pytest.raises(SystemExit):
+        main(["--checkpoint", str(checkpoint), *arguments])
+    assert message in capsys.readouterr().err
+
+
 def test_kept_tokens(checkpoint):
     """One picture for each routed layer: kept patches as they are, skipped ones faded; kept words in brackets."""
     model, stored = load_checkpoint(checkpoint)
     tokenizer = Tokenizer.from_state(stored["tokenizer"])
     codes = torch.tensor([[[0, 1, 2], [3, 4, 5]]])
     batch, image = tokenizer.t2i(["two red rings"], codes), tokenizer.image.decode(codes)[0]
-    pictures, labels, texts = kept_tokens(model.eval(), tokenizer, batch, "t2i")
+    ids = batch.ids[0]
+    for layer in (1, 3):                                   # a threshold that drops one word and keeps the others
+        routing = model.eval()(**batch.inputs(), task="t2i", routing="causal").routing[layer]
+        words = routing.predictor[0][ids < 3].detach().sort().values
+        model.router(layer, "t2i").threshold_t2i.copy_(words[:2].mean())
+    pictures, labels, texts = kept_tokens(model, tokenizer, batch, "t2i")
     routing = model(**batch.inputs(), task="t2i", routing="causal").routing
-    assert len(pictures) == 2 and [label.split(":")[0] for label in labels] == ["layer 1", "layer 3"]
+    assert len(pictures) == 2 and [label.split(":")[0] for label in labels] == ["layer 1, causal", "layer 3, causal"]
     for picture, label, text, decision in zip(pictures, labels, texts, (routing[1], routing[3])):
-        kept = decision.selected[0][(batch.ids[0] >= tokenizer.image_start) & (batch.ids[0] < tokenizer.image_end)]
+        kept = decision.selected[0][(ids >= tokenizer.image_start) & (ids < tokenizer.image_end)]
         assert f"{int(kept.sum())} of 6 patches" in label
         same = (picture == image).all(-1).view(2, 2, 3, 2).transpose(1, 2).flatten(2).all(-1).flatten()
         assert same.tolist() == kept.tolist()
-        words = [w for w, on in zip(batch.ids[0].tolist(), decision.selected[0].tolist()) if w < 3 and on]
-        assert text.count("[") == text.count("]") >= len(words)
-        assert all(f"[{tokenizer.text.words[w]}]" in text for w in words)
+        words = [(tokenizer.name(i), on) for i, on in zip(ids.tolist(), decision.selected[0].tolist()) if i < tokenizer.text.size]
+        assert text == " ".join(f"[{word}]" if on else word for word, on in words)
+        assert {on for word, on in words if word != "2*3"} == {True, False}
 
 
 @pytest.mark.parametrize("factor", (1, 2, 3, 16))

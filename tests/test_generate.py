@@ -174,9 +174,9 @@ def test_stop_ids(backbone):
 def test_sampling_that_cannot_be(options):
     """A negative temperature, no candidates or a share outside (0, 1] is a ValueError with the values; so are 0 steps."""
     tokens, model = make("showo")
-    with pytest.raises(ValueError, match="temperature must be >= 0, top_k >= 1 and top_p in"):
+    with pytest.raises(ValueError, match="temperature must be finite and >= 0, top_k >= 1 and top_p in"):
         generate_text(model, tokens, pictures(tokens, 1)[0], "a", **options)
-    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="steps and prompts must be at least 1, got 0 and 1"):
         generate_image(model, tokens, "a", steps=0)
 
 
@@ -463,6 +463,30 @@ def test_a_parallel_prompt_is_prefilled_once():
     model.forward = lambda ids, **rest: (seen.append(tuple(ids.shape)), original(ids, **rest))[1]
     generate_image(model, tokens, ["a b", "c"], steps=4)
     assert seen == [(2, tokens.length("t2i") - 11)] + [(2, 11)] * 4
+
+
+@both
+def test_nothing_to_do(backbone):
+    """An empty list of prompts or questions is a ValueError with the number."""
+    tokens, model = make(backbone)
+    with pytest.raises(ValueError, match="at least 1, got 12 and 0"):
+        generate_image(model, tokens, [])
+    with pytest.raises(ValueError, match="0 images for 0 questions"):
+        generate_text(model, tokens, pictures(tokens, 1)[:0], [])
+
+
+def test_a_picture_that_does_not_fit():
+    """Emu3: prompt and picture longer than max_length is a ValueError before the first step; one that just fits draws."""
+    tokens, _ = make("emu3")
+    length = len(tokens.t2i_prompt("a b")) + 2 * 4 - 2
+    for short in (0, 1):
+        _, model = make("emu3", max_length=length - short)
+        for rule in RULES:
+            if short:
+                with pytest.raises(ValueError, match=f"{length} tokens with the longest prompt, but max_length is {length - 1}"):
+                    generate_image(model, tokens, "a b", rule)
+            else:
+                assert generate_image(model, tokens, "a b", rule).shape == (4, 6, 3)
 
 
 @both

@@ -7,7 +7,8 @@ nothing and leaves nothing behind. Row b of a layer fills its slots 0 .. count_b
     keep 1:    t0 t1 t2 t3 t4         keep 0.4:  row 0: t1 t4 --        keep 0:  nothing is stored
                                                  row 1: t0 t2 t3
 
-Departure from the usual: rows of one batch have different lengths in the same layer, so slots carry positions.
+Departure from the usual: the rows of a batch have different lengths, and in every layer others. For inference alone:
+what is stored carries no gradient.
 
 Legend: B rows, t new tokens a row, N new tokens that a layer routes (all rows), M at most of one row, S slots,
 R rows that a single token routes, H heads, G key/value heads, d head width.
@@ -43,11 +44,13 @@ class LayerCache:
             new = torch.bincount(self.row, minlength=len(self.count))                      # (B,)
             column = torch.arange(len(self.row), device=q.device) - (new.cumsum(0) - new)[self.row]
             slot = slot + column
-        self.count = self.count.index_add(0, self.row, torch.ones_like(self.row))
-        counts = self.count.tolist()
+        count = self.count.index_add(0, self.row, torch.ones_like(self.row))
+        counts = count.tolist()
         self.reserve(max(counts), k, v)
-        self.k[self.row, :, slot], self.v[self.row, :, slot] = k[0].transpose(0, 1), v[0].transpose(0, 1)
+        self.k[self.row, :, slot] = k[0].detach().transpose(0, 1)
+        self.v[self.row, :, slot] = v[0].detach().transpose(0, 1)
         self.positions[self.row, slot] = self.new_positions.to(torch.int32)
+        self.count = count
         if self.single:
             return self.attend_single(q, counts)
         return self.attend_chunk(q, slot, column, counts, new.tolist())
@@ -77,19 +80,22 @@ class LayerCache:
         return y.transpose(1, 2)[row, column].transpose(0, 1)[None]
 
     def mask(self, slot: Tensor, column: Tensor, M: int, S: int) -> Tensor:
-        """(B, 1, M, S) bool: a used slot, and pos_j <= pos_i or both new and in the same span."""
+        """(B, 1, M, S) bool. Slots are in the order of the sequence: j <= i, or both new and in the same span."""
         B, row = len(self.count), self.row
-        position = self.positions.new_zeros(B, M)
-        position[row, column] = self.new_positions.to(torch.int32)
-        see = self.positions[:, None, :S] <= position[:, :, None]
+        mine = slot.new_zeros(B, M)
+        mine[row, column] = slot
+        see = torch.arange(S, device=slot.device) <= mine[:, :, None]
         if self.new_spans is not None:
             mine, theirs = slot.new_zeros(B, M), slot.new_zeros(B, S)
             mine[row, column], theirs[row, slot] = self.new_spans, self.new_spans
             see = see | ((theirs[:, None] == mine[:, :, None]) & (mine != 0)[:, :, None])
-        return (see & (torch.arange(S, device=slot.device) < self.count[:, None])[:, None])[:, None]
+        return see[:, None]
 
     def reserve(self, n: int, k: Tensor, v: Tensor) -> None:
         """Make room for n slots a row: the plan's capacity at first, half as much again whenever a row needs more."""
+        if self.k is not None and self.k.dtype != k.dtype:
+            raise ValueError(f"this cache holds {self.k.dtype}, the new keys are {k.dtype}: feed all chunks under the same "
+                             "autocast")
         if self.k is not None and n <= self.n_slot:
             return
         old, batch = (self.k, self.v, self.positions), len(self.count)
@@ -125,24 +131,36 @@ class Cache:
         device = next(model.parameters()).device
         self.layers = [LayerCache(batch, max(1, capacity(keep, max_length)), max_length, device) if keep else None
                        for keep in model.plan.keep[task]]
-        self.count = torch.zeros(batch, 1, dtype=torch.long, device=device)        # valid tokens so far
-        self.n_image = torch.zeros_like(self.count)                                # image tokens so far
+        self.n_valid = torch.zeros(batch, 1, dtype=torch.long, device=device)      # valid tokens so far
+        self.n_image = torch.zeros_like(self.n_valid)                              # image tokens so far
+        self.last_span = None                                                      # (B,) span of the last valid token
 
     def begin(self, context: Context) -> None:
-        """Before the first layer: the (row, column) of all valid tokens, which dense layers route."""
-        self.everyone = context.valid.nonzero(as_tuple=True)
+        """Before the first layer: the (row, column) of all valid tokens, which dense layers route.
+
+        ValueError when the chunk goes on with the span that the last one ended in (checked on a CPU)."""
+        self.valid_tokens = context.valid.nonzero(as_tuple=True)
+        if self.last_span is not None and context.spans is not None and context.spans.device.type == "cpu":
+            first = context.spans.gather(1, context.valid.long().argmax(1, keepdim=True))[:, 0]
+            if bool(((first == self.last_span) & (first != 0) & context.valid.any(1)).any()):
+                raise ValueError("a chunk cuts a bidirectional span: feed all its tokens in one call (or, for another "
+                                 "span, give it another id)")
 
     def end(self, context: Context) -> None:
         self.length += context.valid.shape[1]
-        self.count = self.count + context.valid.sum(1, keepdim=True)
+        self.n_valid, self.last_span = self.n_valid + context.valid.sum(1, keepdim=True), None
+        if context.spans is not None:
+            index = torch.arange(context.valid.shape[1], device=context.spans.device)
+            self.last_span = context.spans.gather(1, (context.valid * index).argmax(1, keepdim=True))[:, 0]
 
     def mark(self) -> tuple:
         """Where the cache stands now, for rewind."""
-        return self.length, self.count, self.n_image, [layer and layer.count for layer in self.layers]
+        counts = [layer and layer.count for layer in self.layers]
+        return self.length, self.n_valid, self.n_image, self.last_span, counts
 
     def rewind(self, mark: tuple) -> None:
         """Forget all tokens after `mark`: Show-o draws its picture anew in every step behind the same prompt."""
-        self.length, self.count, self.n_image, counts = mark
+        self.length, self.n_valid, self.n_image, self.last_span, counts = mark
         for layer, count in zip(self.layers, counts):
             if layer is not None:
                 layer.count = count
@@ -150,7 +168,7 @@ class Cache:
     def nbytes(self, used: bool = False) -> int:
         """Bytes allocated; used: those of the routed tokens' keys, values and positions alone."""
         layers = sum(layer.nbytes(used) for layer in self.layers if layer is not None)
-        return layers if used else layers + tensor_bytes(self.count) + tensor_bytes(self.n_image)
+        return layers if used else layers + tensor_bytes(self.n_valid) + tensor_bytes(self.n_image)
 
 
 def tensor_bytes(x: Tensor) -> int:

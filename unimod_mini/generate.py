@@ -8,7 +8,7 @@ routing="topk":   every step runs top-k again over the whole prefix. It looks at
                   cannot be cached, and serves as the non-causal yardstick.
 Show-o's pictures are decoded in parallel (MaskGIT, arXiv 2202.04200), Emu3's row by row.
 
-Legend: B rows, T tokens so far, G key/value heads, d head width, N image tokens, V vocabulary.
+Legend: B rows, T tokens so far, N image tokens, V vocabulary.
 """
 
 import argparse
@@ -80,8 +80,8 @@ def sample(logits: Tensor, temperature: float, generator: torch.Generator | None
 
 
 def check_sampling(temperature: float, top_k: int | None = None, top_p: float = 1.0) -> None:
-    if temperature < 0 or not 0 < top_p <= 1 or (top_k is not None and top_k < 1):
-        raise ValueError(f"temperature must be >= 0, top_k >= 1 and top_p in (0, 1], got {temperature}, {top_k}, {top_p}")
+    if not 0 <= temperature < math.inf or not 0 < top_p <= 1 or (top_k is not None and top_k < 1):
+        raise ValueError(f"temperature must be finite and >= 0, top_k >= 1 and top_p in (0, 1], got {temperature}, {top_k}, {top_p}")
 
 
 @torch.no_grad()
@@ -96,7 +96,7 @@ def generate_text(model: UnifiedTransformer, tokenizer: Tokenizer, image: Tensor
     check_sampling(temperature, top_k, top_p)
     single = isinstance(question, str)
     images, questions = (image[None], [question]) if single else (image, list(question))
-    if len(images) != len(questions):
+    if len(images) != len(questions) or not questions:
         raise ValueError(f"generate_text: {len(images)} images for {len(questions)} questions, one each is needed")
     model.eval()
     device = next(model.parameters()).device
@@ -133,10 +133,10 @@ def generate_image(model: UnifiedTransformer, tokenizer: Tokenizer, prompt, rout
     guidance w > 0 pushes away from the picture without a caption: c + w (c - u). steps: of Show-o's parallel decoding.
     """
     check_sampling(temperature)
-    if steps < 1:
-        raise ValueError(f"generate_image: steps must be at least 1, got {steps}")
     single = isinstance(prompt, str)
     prompts = [prompt] if single else list(prompt)
+    if steps < 1 or not prompts:
+        raise ValueError(f"generate_image: steps and prompts must be at least 1, got {steps} and {len(prompts)}")
     model.eval()
     generator = torch.Generator().manual_seed(seed)
     draw = draw_parallel if tokenizer.backbone == "showo" else draw_by_row
@@ -154,12 +154,19 @@ def guided(logits: Tensor, guidance: float) -> Tensor:
 
 
 def draw_by_row(model, tokenizer, prompts, routing, temperature, guidance, steps, generator) -> Tensor:
-    """Emu3: one code after the other, an EOL after every row of w. Returns codes (B, h, w) on the CPU."""
+    """Emu3: one code after the other, an EOL after every row of w; `steps` is Show-o's. Returns codes (B, h, w) on the CPU.
+
+    ValueError when prompt and picture are longer than the model's max_length.
+    """
     (h, w), count = tokenizer.grid, len(prompts)
     device = next(model.parameters()).device
     streams = prompts + [""] * count if guidance else prompts
     ids, valid = left_pad([tokenizer.t2i_prompt(prompt) for prompt in streams], tokenizer.pad, device)
-    decode = Decoder(model, "t2i", routing, len(ids), ids.shape[1] + h * (w + 1))
+    length = ids.shape[1] + h * (w + 1) - 2                # the last code and its EOL are never fed back
+    if length > model.config.max_length:
+        raise ValueError(f"generate_image: {length} tokens with the longest prompt, but max_length is "
+                         f"{model.config.max_length}: shorten the prompt or raise max_length")
+    decode = Decoder(model, "t2i", routing, len(ids), length)
     end_of_line = torch.full((len(ids), 1), tokenizer.special["EOL"], device=device)
     image = []
     for row in range(h):
@@ -234,7 +241,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--guidance", type=float, help="of pictures; default: the checkpoint's")
     out.add_argument("--steps", type=int, help="of Show-o's parallel drawing; default: the checkpoint's")
     out.add_argument("--top-k", type=int, help="of answers: only the k likeliest words")
-    out.add_argument("--top-p", type=float, default=1.0, help="of answers: only the likeliest words that reach p")
+    out.add_argument("--top-p", type=float, help="of answers: only the likeliest words that reach p")
     out.add_argument("--seed", type=int, default=0)
     out.add_argument("--device", help="cuda, mps or cpu; found by itself when not given")
     out.add_argument("--out", default="drawn.png", help="the PNG of --prompt; --explain writes *-kept.png beside it")
@@ -246,6 +253,10 @@ def main(argv=None) -> None:
     args = cli.parse_args(argv)
     if (args.prompt is None) == (args.image is None) or (args.image is None) != (args.question is None):
         cli.error("give either --prompt, or --image with --question")
+    idle = {"--guidance": args.guidance, "--steps": args.steps} if args.prompt is None else {
+        "--top-k": args.top_k, "--top-p": args.top_p}
+    if unread := [name for name, value in idle.items() if value is not None]:
+        cli.error(f"{', '.join(unread)}: not for {'answers' if args.prompt is None else 'pictures'}")
     try:
         run(args)
     except FileNotFoundError as error:
@@ -259,8 +270,8 @@ def run(args) -> None:
     """Draw or answer as the command line says, and show it."""
     from .show import enlarged, read_png, terminal, write_png               # pictures need pillow, generating does not
     from .trainer import find_device, load_checkpoint, precision
-    if args.prompt is not None and not Path(args.out).absolute().parent.is_dir():
-        raise ValueError(f"--out {args.out}: there is no folder {Path(args.out).parent}")
+    if not Path(args.out).absolute().parent.is_dir() or Path(args.out).is_dir():
+        raise ValueError(f"--out {args.out}: there is no folder {Path(args.out).parent}, or it is itself a folder")
     device = find_device(args.device)
     model, stored = load_checkpoint(args.checkpoint, device)
     if "tokenizer" not in stored:
@@ -279,19 +290,19 @@ def run(args) -> None:
             patch = tokenizer.image.patch
             image = read_png(args.image, tokenizer.grid[0] * patch, tokenizer.grid[1] * patch)
             answer = generate_text(model, tokenizer, image, args.question, args.routing, args.temperature or 0.0,
-                                   seed=args.seed, top_k=args.top_k, top_p=args.top_p)
+                                   seed=args.seed, top_k=args.top_k, top_p=1.0 if args.top_p is None else args.top_p)
             print(f"{terminal(image[None])}\n{args.question} {answer}")
             picture = tokenizer.image_ids(tokenizer.image.encode(image[None]))[0].tolist()
             ids = torch.tensor([tokenizer.mmu_prompt(args.question, picture) + tokenizer.text.encode(answer)])
             batch, task = Batch(ids, mmu_spans(tokenizer, torch.ones_like(ids) == 1), None, ids), "mmu"
         if args.explain:
-            explain(model, tokenizer, batch.to(device), task, args.out)
+            explain(model, tokenizer, batch.to(device), task, args.routing, args.out)
 
 
-def explain(model, tokenizer, batch, task: str, out: str) -> None:
+def explain(model, tokenizer, batch, task: str, routing: str, out: str) -> None:
     """Prints and writes which tokens of the finished sequence each routed layer kept; skipped patches are faded."""
     from .show import enlarged, kept_tokens, save_png, terminal
-    pictures, labels, texts = kept_tokens(model, tokenizer, batch, task)
+    pictures, labels, texts = kept_tokens(model, tokenizer, batch, task, routing)
     if not len(pictures):
         print(f"no layer of this model routes {task}: its plan keeps every token or skips the layer")
         return

@@ -189,7 +189,7 @@ def select_topk(scores: Tensor, keep: float, valid: Tensor | None = None, order:
     order = tie_order(batch, length, valid, scores.device) if order is None else order
     n_slot = capacity(keep, length)
     rank = descending_rank(scores, order, valid)
-    selected = rank < (n_slot if valid is None else row_capacity(keep, valid))
+    selected = rank < (n_slot if valid is None else row_capacity(keep, valid).clamp(max=n_slot))
     indices, live = slots(selected, n_slot)
     return indices, None if valid is None else live, selected
 
@@ -237,7 +237,7 @@ class TaskRouter(nn.Module):
         if rule == "topk":
             indices, live, selected = select_topk(scores, keep, context.valid, context.order)
         else:
-            selected = self.causal_selection(scores, logits, task, keep, context, before or (0, 0))
+            selected = self.causal_selection(scores, logits, task, keep, context, *([before] if before else []))
             indices, live = (None, None) if before else slots(selected, int(selected.sum(1).max()))
         return Routing(indices, live, selected, scores, logits)
 

@@ -16,7 +16,7 @@ def terminal(images: Tensor) -> str:
     """uint8 (B, H, W, 3) -> the pictures side by side as coloured half blocks (two pixel rows a line)."""
     gap = images.new_zeros(*images.shape[:2], 1, 3)
     wide = torch.cat([torch.cat((image, space), 1) for image, space in zip(images, gap)], 1)     # (H, B (W + 1), 3)
-    wide = torch.cat((wide, wide[:len(wide) % 2]))                                               # an even height
+    wide = torch.cat((wide, wide[len(wide) - len(wide) % 2:]))                                   # an even height
     lines = []
     for upper, lower in zip(wide[::2].tolist(), wide[1::2].tolist()):
         cells = ("\x1b[38;2;{};{};{}m\x1b[48;2;{};{};{}m▀".format(*a, *b) for a, b in zip(upper, lower))
@@ -87,13 +87,13 @@ def read_png(path, height: int, width: int) -> Tensor:
 
 
 @torch.no_grad()
-def kept_tokens(model, tokenizer, batch, task: str) -> tuple[Tensor, list, list]:
-    """Which tokens of the one sequence in `batch` each routed layer kept under causal routing.
+def kept_tokens(model, tokenizer, batch, task: str, routing: str = "causal") -> tuple[Tensor, list, list]:
+    """Which tokens of the one sequence in `batch` each routed layer kept.
 
     Returns the image with the skipped patches faded, (layers, H, W, 3) uint8; a label a layer; and for each layer the
     text with the kept words in [brackets].
     """
-    out = model(**batch.inputs(), task=task, routing="causal")
+    out = model.eval()(**batch.inputs(), task=task, routing=routing)
     ids, pictures, labels, texts = batch.ids[0], [], [], []
     is_code = (ids >= tokenizer.image_start) & (ids < tokenizer.image_end)
     codes = (ids[is_code] - tokenizer.image_start).view(1, *tokenizer.grid).cpu()
@@ -106,7 +106,7 @@ def kept_tokens(model, tokenizer, batch, task: str) -> tuple[Tensor, list, list]
         cell = image.shape[0] // tokenizer.grid[0]
         here = here.repeat_interleave(cell, 0).repeat_interleave(cell, 1)[..., None]       # (H, W, 1)
         pictures.append(torch.where(here, image.float(), 255 - DIM * (255 - image.float())).to(torch.uint8))
-        labels.append(f"layer {layer}: {int(kept[is_code].sum())} of {tokenizer.n_image} patches")
+        labels.append(f"layer {layer}, {routing}: {int(kept[is_code].sum())} of {tokenizer.n_image} patches")
         words = [(tokenizer.name(i), on) for i, on in zip(ids.tolist(), kept.tolist()) if i < tokenizer.text.size]
         texts.append(" ".join(f"[{word}]" if on else word for word, on in words))
     return torch.stack(pictures) if pictures else image[None][:0], labels, texts

@@ -19,9 +19,12 @@ def find_device(name: str | None = None) -> torch.device:
     """The named device, else CUDA, Apple's MPS or the CPU, whichever is there first. ValueError when it is not there."""
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     kind = name.split(":")[0] if name else next(kind for kind, there in here.items() if there)
-    if not here.get(kind):
-        raise ValueError(f"no device {name!r} here: choose from {', '.join(k for k, there in here.items() if there)}")
-    return torch.device(name or kind)
+    try:
+        if here.get(kind):
+            return torch.device(name or kind)
+    except RuntimeError:                                   # such as "cpu:x"
+        pass
+    raise ValueError(f"no device {name!r} here: choose from {', '.join(k for k, there in here.items() if there)}")
 
 
 def precision(device: torch.device):
@@ -80,22 +83,30 @@ def predicted_tokens(batch, task: str) -> torch.Tensor:
 def calibrate(model: UnifiedTransformer, batches: dict) -> None:
     """Set every threshold so that, on these batches ({task: Batch}), causal routing keeps as many tokens as top-k.
 
-    Layer after layer, those below already set. A threshold lies midway between two neighbouring scores, so that float
-    noise flips no decision; equal scores are kept or dropped together, whichever is nearer.
+    Layer after layer, those below already set. A threshold lies midway between two neighbouring scores; neighbours
+    within 1e-4 of the whole spread are kept or dropped together, whichever is nearer. Run it in the precision
+    that inference will use: another one may flip the few tokens that lie close. ValueError for scores that are not
+    finite.
     """
     model.eval()
     for task, batch in batches.items():
         asked = predicted_tokens(batch, task)
         topk = model(**batch.inputs(), task=task).routing
         for layer, target in enumerate(topk):
-            if target is None:
+            if target is None or not asked.any():
                 continue
-            logits = model(**batch.inputs(), task=task, routing="causal").routing[layer].predictor[asked]
-            scores, group = logits.float().round(decimals=4).unique(return_counts=True)     # ascending
+            logits = model(**batch.inputs(), task=task, routing="causal").routing[layer].predictor[asked].float()
+            if not logits.isfinite().all():
+                raise ValueError(f"calibrate: membership logits of layer {layer} for {task} are not finite")
+            scores, group = logits.unique(return_counts=True)                                # ascending
             edges = torch.cat((scores[:1] - 2, scores, scores[-1:] + 2))     # thresholds lie between neighbours
             kept = logits.numel() - torch.cat((group.new_zeros(1), group.cumsum(0)))
-            best = (kept - target.selected[asked].sum()).abs().argmin()
-            model.router(layer, task).get_buffer(f"threshold_{task}").copy_((edges[best] + edges[best + 1]) / 2)
+            apart = edges.diff() > 1e-4 * (scores[-1] - scores[0])
+            best = (kept - target.selected[asked].sum()).abs().masked_fill(~apart, kept[0] + 1).argmin()
+            threshold = model.router(layer, task).get_buffer(f"threshold_{task}")
+            threshold.copy_((edges[best] + edges[best + 1]) / 2)
+            if threshold >= edges[best + 1]:               # in bf16 the middle may round onto the score above
+                threshold.copy_(edges[best])
 
 
 @torch.no_grad()
@@ -112,7 +123,7 @@ def predictor_report(model: UnifiedTransformer, batches: dict) -> dict:
         topk = model(**batch.inputs(), task=task).routing
         causal = model(**batch.inputs(), task=task, routing="causal").routing
         for layer, (target, realised) in enumerate(zip(topk, causal)):
-            if target is not None:
+            if target is not None and asked.any():
                 kept = target.selected[asked]
                 said = model.router(layer, task).over_threshold(target.predictor[asked], task)
                 both, share = (kept & said).sum(), kept.float().mean()

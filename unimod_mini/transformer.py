@@ -274,7 +274,8 @@ class UnifiedTransformer(nn.Module):
         """ids (B, T) long, positions and spans (B, T) long, valid (B, T) bool -> logits (B, T, V) and routings.
 
         positions default to counting the valid tokens; spans None: causal everywhere; routing "topk" (training,
-        looks at the whole sequence) or "causal" (inference, looks at no later token). cache: see generate.py.
+        looks at the whole sequence) or "causal" (inference, looks at no later token; thresholds by trainer.calibrate).
+        A span id belongs to one run of tokens. cache: see cache.py.
         Raises ValueError for an unknown task or routing rule, shapes that do not fit, and ids out of range (CPU).
         """
         self.check(ids, task, positions, spans, valid, routing, cache)
@@ -323,16 +324,16 @@ class UnifiedTransformer(nn.Module):
 
     def cached_layer(self, layer: int, x: Tensor, task: str, context: Context, cache):
         """The same behind a cache: the selected tokens alone, packed row by row to (1, N, D), whatever their number."""
-        keep, own, decision, token = self.plan.keep[task][layer], cache.layers[layer], None, cache.everyone
+        keep, own, decision, token = self.plan.keep[task][layer], cache.layers[layer], None, cache.valid_tokens
         if keep < 1.0:
-            decision = self.router(layer, task)(x, task, keep, context, "causal", (cache.count, own.count[:, None]))
+            decision = self.router(layer, task)(x, task, keep, context, "causal", (cache.n_valid, own.count[:, None]))
             token = decision.selected.nonzero(as_tuple=True)                               # rows (N,), columns (N,)
         if len(token[0]) == 0:
             return x, decision
-        everything = len(token[0]) == x.shape[0] * x.shape[1]                              # then packing is a view
+        everyone = len(token[0]) == x.shape[0] * x.shape[1]                                # then packing is a view
 
         def pack(y):                                                                       # (B, T, ..) -> (N, ..)
-            return y.flatten(0, 1) if everything else y[token]
+            return y.flatten(0, 1) if everyone else y[token]
 
         own.begin(token[0], pack(context.positions), None if context.spans is None else pack(context.spans),
                   single=x.shape[1] == 1)
@@ -341,7 +342,7 @@ class UnifiedTransformer(nn.Module):
         if decision is not None:
             update = GATES[self.config.gate](pack(decision.scores))[:, None] * update
         new = (packed + update).to(x.dtype)
-        return new.view_as(x) if everything else x.index_put(token, new), decision
+        return new.view_as(x) if everyone else x.index_put(token, new), decision
 
     def subset_mask(self, context: Context, indices: Tensor, live: Tensor | None) -> Tensor | None:
         """The mask of the kept tokens, from their own positions and spans. Spare slots sort last: causal hides them."""
@@ -351,7 +352,7 @@ class UnifiedTransformer(nn.Module):
         return attention_mask(context.positions.gather(1, indices), spans, live)
 
     def context(self, ids, positions, spans, valid, cache=None) -> Context:
-        counted, before = positions is None, 0 if cache is None else cache.count           # valid tokens so far
+        counted, before = positions is None, 0 if cache is None else cache.n_valid           # valid tokens so far
         if cache is not None and valid is None:
             valid = torch.ones_like(ids, dtype=torch.bool)
         if counted:
@@ -372,13 +373,13 @@ class UnifiedTransformer(nn.Module):
             raise ValueError(f'routing must be "topk" or "causal", got {routing!r}')
         if cache is not None and routing != "causal":
             raise ValueError('a cache needs routing="causal": top-k over a sequence changes when it grows')
+        if ids.dim() != 2 or ids.numel() == 0 or ids.dtype != torch.long:
+            raise ValueError(f"ids must be (B, T) long with B, T >= 1, got {tuple(ids.shape)} {ids.dtype}")
         if cache is not None and (cache.task, cache.batch) != (task, len(ids)):
             raise ValueError(f"this cache is for {cache.batch} rows of {cache.task!r}, got {len(ids)} of {task!r}: make a "
                              "new one")
         if cache is not None and positions is not None:
             raise ValueError("positions are counted by the cache: leave them out")
-        if ids.dim() != 2 or ids.numel() == 0 or ids.dtype != torch.long:
-            raise ValueError(f"ids must be (B, T) long with B, T >= 1, got {tuple(ids.shape)} {ids.dtype}")
         length = ids.shape[1] + (0 if cache is None else cache.length)
         if length > self.config.max_length:
             raise ValueError(f"{length} tokens, but max_length is {self.config.max_length}: shorten the sequence or "
