@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from helpers import BACKBONES, N_LAYER, build, call, calls, count, plans, real, tiny
+from unimod_mini.cache import Cache
 from unimod_mini.flops import PARTS, batch_flops, count_flops, flops_ratio, live_pairs, spread_pairs
+from unimod_mini.memory import activation_bytes, cache_bytes, count_parameters
 from unimod_mini.routers import GATES, Plan, predictor_loss
-from unimod_mini.transformer import ModelConfig, attention_mask
+from unimod_mini.transformer import ModelConfig, UnifiedTransformer, attention_mask
 
 backbones, tasks = st.sampled_from(BACKBONES), st.sampled_from(("t2i", "mmu"))
 
@@ -185,6 +187,59 @@ def test_ratio_of_a_mixed_batch(plan, n_t2i, n_mmu, count_t2i, count_mmu, live):
     assert flops_ratio(config, plan, lengths) == flops_ratio(config, plan, lengths, counts={"t2i": 3, "mmu": 3})
     assert (flops_ratio(config, plan, lengths, counts={"t2i": 0, "mmu": 2})
             == flops_ratio(config, plan, {"mmu": n_mmu}))
+
+
+# --------------------------------------------------------------------------------------------------------------
+# memory.py
+# --------------------------------------------------------------------------------------------------------------
+
+@given(configs(), plans())
+def test_parameters(config, plan):
+    """The closed form equals the numbers of a model that was built, dense and with the plan's routers."""
+    assert count_parameters(config) == sum(p.numel() for p in UnifiedTransformer(config).parameters())
+    assert count_parameters(config, plan) == sum(p.numel() for p in UnifiedTransformer(config, plan).parameters())
+
+
+def saved_bytes(model, task, inputs):
+    """Bytes of the distinct storages that autograd saves in one forward, parameters apart."""
+    own, held = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def pack(tensor):                                     # holding the tensor keeps its address from being used again
+        held[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(task=task, **inputs)
+    return sum(x.untyped_storage().nbytes() for pointer, x in held.items() if pointer not in own)
+
+
+@given(configs(), plans(), tasks, st.integers(1, 2), st.integers(1, 17), st.booleans(),
+       st.sampled_from(("none", "left", "holes")), st.integers(0, 9))
+def test_activation_bytes(config, plan, task, batch, length, spans, padding, seed):
+    """The closed form equals, to the byte, what autograd saves in a float32 forward, for any model, plan and mask."""
+    model, inputs = build(config, plan, dtype=torch.float32), call(config, batch, length, seed, padding, spans)
+    kept = activation_bytes(config, plan, task, length, spans, padding != "none")
+    assert batch * kept.total == saved_bytes(model, task, inputs)
+    assert len(kept.by_layer) == N_LAYER and sum(kept.by_layer) < kept.total
+
+
+@given(configs(), plans(), tasks, st.integers(1, 2), st.integers(1, 17), st.integers(0, 9))
+def test_cache_bytes(config, plan, task, batch, length, seed):
+    """The closed form at the tokens that were routed equals what the cache says it uses, in float64 and float32; at the
+    plan's own K it is right for dense and skipped layers, and for a routed one within what its predictor decided."""
+    for dtype, element in ((torch.float64, 8), (torch.float32, 4)):
+        model = build(config, plan, dtype=dtype)
+        cache = Cache(model, task, batch, length)
+        with torch.no_grad():
+            model(call(config, batch, length, seed)["ids"], task=task, routing="causal", cache=cache)
+        rows = [[0 if layer is None else int(layer.count[b]) for layer in cache.layers] for b in range(batch)]
+        counts = [cache_bytes(config, plan, task, length, element, routed=row) for row in rows]
+        assert sum(count.total for count in counts) == cache.nbytes(used=True)
+        own = cache_bytes(config, plan, task, length, element)
+        assert own.total == sum(own.by_layer)
+        for layer, keep in enumerate(plan.keep[task]):
+            if keep in (0, 1):
+                assert all(count.by_layer[layer] == own.by_layer[layer] for count in counts)
 
 
 @pytest.mark.parametrize("name, length, tera", [("showo-1.3b", 387, 1.06), ("showo-1.3b", 640, 1.78),
