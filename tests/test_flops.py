@@ -10,8 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from helpers import BACKBONES, N_LAYER, build, call, calls, count, plans, real, tiny
 from unimod_mini.cache import Cache
-from unimod_mini.flops import PARTS, batch_flops, count_flops, flops_ratio, live_pairs, spread_pairs
+from unimod_mini.flops import (METHODS, PARTS, batch_flops, count_flops, flops_ratio, live_pairs, main, parser,
+                               spread_pairs)
 from unimod_mini.memory import activation_bytes, cache_bytes, count_parameters
+from unimod_mini.published import bisect
 from unimod_mini.routers import GATES, Plan, predictor_loss
 from unimod_mini.transformer import ModelConfig, UnifiedTransformer, attention_mask
 
@@ -133,8 +135,8 @@ def test_a_dense_layer_has_no_spread():
 
 @given(backbones, plans(), tasks, st.integers(1, 3000), st.sampled_from(("forward", "train")))
 def test_parts_and_layers_add_up(backbone, plan, task, length, mode):
-    """total = sum of the parts = sum of the layers + head, integers all, and the table by layer and part has both as its
-    margins; keep 0 and the embedding cost nothing; router and predictor cost something exactly where a layer routes."""
+    """total = sum of the parts = sum of the layers + head, integers all, and both are margins of the table by layer and
+    part; keep 0 and the embedding cost nothing; router and predictor cost something exactly where a layer routes."""
     flops = count_flops(tiny(backbone), plan, task, length, mode)
     assert flops.total == sum(flops.by_part.values()) == sum(flops.by_layer) + flops.by_part["head"]
     assert tuple(flops.by_part) == PARTS and len(flops.by_layer) == len(flops.table) == N_LAYER
@@ -269,3 +271,83 @@ def test_errors(arguments, message):
             flops_ratio(tiny("emu3"), Plan.dense(N_LAYER), {"t2i": 5, "mmu": 5}, counts=counts)
     with pytest.raises(ValueError, match="one number of pairs a layer, got 2 for 3 layers"):
         count_flops(tiny("emu3"), None, "t2i", 5, pairs=[3, 3])
+    with pytest.raises(ValueError, match="a span of 6 tokens does not fit into 5"):
+        spread_pairs((1.0,), 5, 6)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The command line
+# --------------------------------------------------------------------------------------------------------------
+
+def test_the_flags_are_frozen():
+    """The command line of flops: names and defaults."""
+    flags = {a.option_strings[0]: a.default for a in parser()._actions if a.option_strings[0] != "-h"}
+    assert flags == {"--preset": None, "--plan": "dense", "--length": None, "--task": "t2i", "--mode": "train",
+                     "--span": 0}
+
+
+@pytest.mark.parametrize("plan", (*METHODS, "saved"))
+@pytest.mark.parametrize("mode", ("forward", "train"))
+def test_the_table(plan, mode, tmp_path, capsys):
+    """Rows and columns are those of count_flops in GFLOPs, for a method by name and for a saved plan."""
+    config, n = ModelConfig.preset("toy-showo"), 60
+    own = METHODS[plan](config.n_layer, ("mmu",)) if plan in METHODS else Plan({"mmu": (1, .3, 0, .9, .001, 1, .5, .7)})
+    if plan == "saved":
+        plan = str(tmp_path / "plan.json")
+        own.save(plan)
+    main(["--preset", "toy-showo", "--plan", plan, "--length", str(n), "--task", "mmu", "--mode", mode, "--span", "20"])
+    lines, flops = capsys.readouterr().out.splitlines(), count_flops(config, own, "mmu", n, mode)
+    scale = 1e9 if count_flops(config, None, "mmu", n, mode).total >= 1e9 else 1e6
+    assert f"{'G' if scale == 1e9 else 'M'}FLOPs, full n x n attention" in lines[0]
+    rows = [[float(x) for x in line.split()] for line in lines[2:2 + config.n_layer]]
+    for layer, (row, keep) in enumerate(zip(rows, own.keep["mmu"])):
+        assert row[:3] == [layer, round(keep, 3), count(keep, n)]
+        expected = [flops.table[layer][part] for part in PARTS[1:-1]] + [flops.by_layer[layer]]
+        assert row[3:] == pytest.approx([x / scale for x in expected], abs=1e-4)
+    last = {line.split()[0]: float(line.split()[-1]) for line in lines[2 + config.n_layer:5 + config.n_layer]}
+    assert last == pytest.approx({"embedding": 0, "head": flops.by_part["head"] / scale, "total": flops.total / scale},
+                                 abs=1e-4)
+    text = "\n".join(lines)
+    live = count_flops(config, own, "mmu", n, mode, spread_pairs(own.keep["mmu"], n, 20)).total
+    assert f"total {live / scale:.4f}" in text and f"parameters: {count_parameters(config, own):,}" in text
+    assert f"{activation_bytes(config, own, 'mmu', n, True).total / 1e6:,.3f} MB" in text
+    assert f"cache, float32: {cache_bytes(config, own, 'mmu', n).total / 1e6:,.3f} MB" in text
+
+
+def test_the_comparison(capsys):
+    """Without arguments: the true sizes; a forward pass of one GPU's batch of 12 x 1,408 tokens comes within 5 % of the
+    paper's 51.1, one of an image and 950 ids of text of its 89.0; no training step does; the plans meet the ratios."""
+    main([])
+    showo, emu3 = (text.splitlines() for text in capsys.readouterr().out.split("\n\n")[:2])
+    assert showo[2].split()[-4:] == ["49.5*", "48.2", "148.6", "144.7"]
+    assert emu3[3].split()[-4:] == ["93.0*", "86.1*", "278.9", "258.3"]
+    assert sum(line.count("*") for line in (*showo[2:], *emu3[2:])) == 3
+    for lines, ratio in ((showo, 0.847), (emu3, 0.601)):
+        values = [float(x) for x in lines[-1].split()[-4:]]
+        assert values[2] == ratio and all(abs(x - ratio) < 0.01 for x in values)
+
+
+@given(st.floats(-3, 3), st.floats(0.1, 5))
+def test_bisect(target, slope):
+    """bisect finds where an ascending cost meets the target, or the end that comes nearest."""
+    x = bisect(lambda x: slope * x, target, -1.0, 1.0)
+    assert abs(x - min(1.0, max(-1.0, target / slope))) < 1e-9
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--preset", "showo"], "unknown 'showo', the presets are toy-showo"),
+    (["--length", "0"], "length >= 1"),
+    (["--plan", "missing.json"], "missing.json: No such file or directory; --plan takes a file or one of dense, mod"),
+    (["--plan", "."], "Is a directory"),
+    (["--plan", "foreign.json"], "foreign.json is not a plan"),
+    (["--plan", "shallow.json"], "4 layers, asked for 't2i' and 8"),
+    (["--span", "10"], "a span of 10 tokens does not fit into 9"),
+])
+def test_errors_in_one_line(arguments, message, tmp_path, monkeypatch):
+    """What cannot be counted ends the program with one line that says why."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "foreign.json").write_text("[]")
+    Plan.dense(4).save("shallow.json")
+    with pytest.raises(SystemExit, match=f"^error: .*{message}") as caught:
+        main(["--preset", "toy-emu3", "--length", "9", *arguments])
+    assert "\n" not in str(caught.value)

@@ -7,17 +7,20 @@ router and predictor all T tokens. Two conventions for the scores of attention, 
     live    the pairs that the mask lets through, no padding: what a perfect kernel would compute
 
 The backward pass costs twice the forward, with two exceptions. The predictor's first layer needs no gradient of its
-detached input; and a router without a slot (K = 0) gets no gradient, unless the membership loss is its own. The optimiser,
-the norms, the gate, gather and scatter are no matrix products: a FLOP saved here is not yet a second saved.
+detached input; and a router without a slot (K = 0) gets no gradient, unless the membership loss is its own. Norms,
+gate, gather, scatter and the optimiser are no matrix products: a FLOP saved here is not yet a second saved.
 
 Legend: T tokens, K slots, D width, d head width, H heads, G key/value heads, F hidden width of the MLP, V vocabulary.
 """
 
+import argparse
+import sys
 from collections import Counter
 from typing import NamedTuple
 
-from .routers import Plan, capacity
-from .transformer import ModelConfig
+from .memory import activation_bytes, cache_bytes, count_parameters
+from .routers import TASKS, Plan, capacity
+from .transformer import PRESETS, ModelConfig
 
 PARTS = ("embedding", "projections", "scores", "mlp", "router", "predictor", "head")   # embedding: a look-up, 0 FLOPs
 
@@ -46,8 +49,10 @@ def live_pairs(length: int, spans=None, valid=None, indices=None) -> int:
 def spread_pairs(keeps, length: int, span: int = 0) -> list:
     """Live pairs of every layer when nobody has routed yet: one span of `span` tokens, kept tokens spread evenly.
 
-    Exact without a span (plain causal), and where every token is kept.
+    Exact without a span (plain causal), and where every token is kept. ValueError for a span longer than the sequence.
     """
+    if not 0 <= span <= length:
+        raise ValueError(f"a span of {span} tokens does not fit into {length}")
     slots = [capacity(keep, length) for keep in keeps]
     inside = [capacity(span / length, k) for k in slots]
     return [k * (k + 1) // 2 + size * (size - 1) // 2 for k, size in zip(slots, inside)]
@@ -100,7 +105,7 @@ def batch_flops(config: ModelConfig, plan: Plan | None, lengths: dict, mode: str
                 spans: dict | None = None) -> int:
     """FLOPs of a batch with counts[task] sequences of lengths[task] tokens; counts None: one of each task.
 
-    spans None: full n x n attention; {task: tokens of its bidirectional span, 0: causal}: live, kept tokens spread evenly.
+    spans None: full n x n attention; {task: tokens of a bidirectional span, or 0}: live, kept tokens spread evenly.
     ValueError for counts that are negative, all zero, or of other tasks than `lengths`.
     """
     counts = dict.fromkeys(lengths, 1) if counts is None else counts
@@ -121,3 +126,67 @@ def flops_ratio(config: ModelConfig, plan: Plan, lengths: dict, mode: str = "tra
     training step of counts[task] sequences each; the arguments of batch_flops."""
     return (batch_flops(config, plan, lengths, mode, counts, spans)
             / batch_flops(config, None, lengths, mode, counts, spans))
+
+
+# --------------------------------------------------------------------------------------------------------------
+# python -m unimod_mini.flops
+# --------------------------------------------------------------------------------------------------------------
+
+METHODS = {"dense": Plan.dense, "mod": Plan.mod, "interleaved": Plan.interleaved, "early_exit": Plan.early_exit}
+
+
+def parser() -> argparse.ArgumentParser:
+    out = argparse.ArgumentParser("python -m unimod_mini.flops", description="What a plan costs, by layer and part; "
+                                  "without arguments: the paper's two models, counted by each convention.")
+    out.add_argument("--preset", required=True, help=", ".join(PRESETS))
+    out.add_argument("--plan", default="dense", help=f"a file that Plan.save wrote, or {', '.join(METHODS)}")
+    out.add_argument("--length", type=int, required=True, help="tokens of the sequence")
+    out.add_argument("--task", choices=TASKS, default="t2i")
+    out.add_argument("--mode", choices=("forward", "train"), default="train")
+    out.add_argument("--span", type=int, default=0, help="of them in a bidirectional span, for the live convention")
+    return out
+
+
+def report(args) -> str:
+    """The table by layer and part, then the live convention, parameters and bytes."""
+    config, task, n = ModelConfig.preset(args.preset), args.task, args.length
+    plan = METHODS[args.plan](config.n_layer, TASKS) if args.plan in METHODS else Plan.load(args.plan)
+    flops, dense = count_flops(config, plan, task, n, args.mode), count_flops(config, None, task, n, args.mode)
+    live = count_flops(config, plan, task, n, args.mode, spread_pairs(plan.keep[task], n, args.span))
+    scale, unit = next(pair for pair in ((1e12, "TFLOPs"), (1e9, "GFLOPs"), (1e6, "MFLOPs"), (1, "FLOPs"))
+                       if dense.total >= pair[0])
+    parts = PARTS[1:-1]                                    # those of a layer
+
+    def line(name, keep: str, counts: list) -> str:
+        return f"{name:<9}{keep:>13}" + "".join(f"{'' if x is None else f'{x / scale:.4f}':>13}" for x in counts)
+
+    lines = [f"{args.preset}, {args.plan}, {task}, {n:,} tokens, {args.mode}; {unit}, full n x n attention",
+             f"{'layer':<9}{'keep      K':>13}" + "".join(f"{part:>13}" for part in (*parts, "total"))]
+    lines += [line(layer, f"{keep:.3f} {capacity(keep, n):>6}", [*(row[part] for part in parts), sum(row.values())])
+              for layer, (keep, row) in enumerate(zip(plan.keep[task], flops.table))]
+    lines += [line(part, "", [None] * len(parts) + [flops.by_part[part]]) for part in ("embedding", "head")]
+    lines += [line("total", "", [*(flops.by_part[part] for part in parts), flops.total]),
+              f"over dense: {flops.total / dense.total:.3f}",
+              f"live (a span of {args.span} tokens, kept tokens spread evenly): "
+              f"scores {live.by_part['scores'] / scale:.4f}, total {live.total / scale:.4f}",
+              f"parameters: {count_parameters(config, plan):,} (dense {count_parameters(config):,})"]
+    kept = [activation_bytes(config, which, task, n, args.span > 0).total / 1e6 for which in (plan, None)]
+    cache = [cache_bytes(config, which, task, n).total / 1e6 for which in (plan, None)]
+    return "\n".join([*lines, f"kept for the backward pass, float32: {kept[0]:,.3f} MB (dense {kept[1]:,.3f})",
+                      f"cache, float32: {cache[0]:,.3f} MB (dense {cache[1]:,.3f})"])
+
+
+def main(argv=None) -> None:
+    """Prints the report, or without arguments the comparison; what cannot be counted ends in one line."""
+    from .published import comparisons
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        print(report(parser().parse_args(argv)) if argv else comparisons())
+    except OSError as error:
+        sys.exit(f"error: {error.filename}: {error.strerror}; --plan takes a file or one of {', '.join(METHODS)}")
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,15 +1,16 @@
-"""Bytes of a plan: parameters, activations kept for the backward pass, key/value cache. Closed forms, no model is built.
+"""Memory of a plan: parameters, activations kept for the backward pass, key/value cache. No model is built.
 
-Activations are what autograd holds after a forward in float32 on a CPU, each storage once, parameters, loss and
-logits apart, ids included; no autocast, no dropout, fused attention (no n x n scores are kept). Of n tokens in a block:
+Activations are what autograd holds after a forward in float32 on a CPU (checked with torch 2.13; fused norms of a GPU
+keep less), each storage once, ids included, parameters, logits and loss apart; eager mode, no autocast, no dropout.
+Attention is the fused kernel: no n x n scores are kept, but a mask is, in every layer. In floats, of n tokens:
 
     norm               input D, output D, 2 statistics (LayerNorm); input, normalised input and output 3 D, 1 (RMSNorm)
     qkv                its output (H + 2 G) d; with QK norm 2 (H + G) statistics more
-    attention          rotated queries and keys (H + G) d, output D, log-sum-exp H; n in float32 for a row of a mask
+    attention          rotated queries and keys (H + G) d, output D, log-sum-exp H; with a mask n, its row in float32
     MLP                before and after GELU 2 F; SwiGLU 4 F: gate and up, silu(gate), their product
-    routed layer       x itself T D, scores T, predictor 2 T h; gathered angles, update K D, gates, indices
+    routed layer       x itself T D, scores T, predictor 2 T h; u and g u 2 K D (index_add keeps its source), gates
 
-Legend: T tokens, K slots, D width, d head width, H heads, G key/value heads, F hidden width of the MLP, h of the predictor.
+Legend: T tokens, K slots, D width, d head width, H heads, G key/value heads, F, h hidden widths of MLP, predictor.
 """
 
 from typing import NamedTuple
