@@ -5,8 +5,8 @@
 A random Show-o-style model (CPU: width 512, 12 layers, float32; GPU: width 2048, 24 layers, bf16) and a plan that keeps
 a quarter of the tokens in every other layer, thresholds calibrated. For each prompt length and batch: milliseconds a
 decoding step, median over turns, and bytes of cache. "allowed" is the speed-up of a roofline timed in the same run: the
-matrix products of both models alone, at the row counts and cache lengths that the routing really had, each reading its
-weights. "reached" is the measured speed-up over the allowed one.
+matrix products of both models alone (routers and predictors too), at the row counts and cache lengths that the routing
+really had, each reading its weights. "reached" is the measured speed-up over the allowed one.
 """
 
 import argparse
@@ -98,7 +98,12 @@ def products(model, trace, keys, values) -> list:
     like, d = {"dtype": keys.dtype, "device": keys.device}, config.head_width
     for step in trace:
         calls = []
-        for block, slots in zip(model.blocks, step):
+        for block, routers, slots in zip(model.blocks, model.routers, step):
+            if TASK in routers:                            # who is routed is asked of every row
+                x, predictor = torch.randn(len(step[0]), config.d_model, **like), routers[TASK].predictor
+                hidden = torch.randn(len(x), config.predictor_hidden, **like)
+                calls += [(F.linear, x, routers[TASK].score.weight), (F.linear, x, predictor[0].weight),
+                          (F.linear, hidden, predictor[2].weight)]
             if not len(slots):
                 continue
             rows, length = len(slots), max(1, round(slots.float().mean().item()))
