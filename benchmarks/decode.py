@@ -58,7 +58,7 @@ def prefilled(model, prompt, batch: int, n_new: int) -> Cache:
     again = torch.arange(batch, device=prompt.device) % D
     cache.length, cache.n_valid, cache.n_image = few.length, few.n_valid[again], few.n_image[again]
     for layer, source in zip(cache.layers, few.layers):
-        layer.n_slot, layer.count = source.n_slot, source.count[again]
+        layer.n_slot, layer.counts = source.n_slot, [source.counts[b] for b in again.tolist()]
         layer.k, layer.v, layer.positions = source.k[again], source.v[again], source.positions[again]
     return cache
 
@@ -71,8 +71,8 @@ def decode(model, cache, new, clock=None) -> list:
         if clock is not None:
             clock()
         else:
-            rows = [slice(None) if decision is None else decision.selected[:, 0] for decision in out.routing]
-            trace.append([layer.count[row] for layer, row in zip(cache.layers, rows)])
+            routed = [[True] * len(new) if decision is None else decision.selected[:, 0].tolist() for decision in out.routing]
+            trace.append([[n for n, on in zip(layer.counts, rows) if on] for layer, rows in zip(cache.layers, routed)])
     return trace
 
 
@@ -104,9 +104,9 @@ def products(model, trace, keys, values) -> list:
                 hidden = torch.randn(len(x), config.predictor_hidden, **like)
                 calls += [(F.linear, x, routers[TASK].score.weight), (F.linear, x, predictor[0].weight),
                           (F.linear, hidden, predictor[2].weight)]
-            if not len(slots):
+            if not slots:
                 continue
-            rows, length = len(slots), max(1, round(slots.float().mean().item()))
+            rows, length = len(slots), round(statistics.mean(slots))
             x = torch.randn(rows, config.d_model, **like)
             hidden = torch.randn(rows, config.d_ff, **like)
             q = torch.randn(rows, config.n_head, 1, d, **like)

@@ -65,8 +65,8 @@ def test_any_chunks_equal_the_full_forward(backbone, task, plan, data, ties):
             assert layer is None
             continue
         kept = ok if kept is None else kept
-        assert layer.count.tolist() == kept.sum(1).tolist()
-        for row, count in enumerate(layer.count.tolist()):
+        assert layer.counts == kept.sum(1).tolist()
+        for row, count in enumerate(layer.counts):
             if count:
                 assert layer.positions[row, :count].tolist() == place[row][kept[row]].tolist()
 
@@ -114,13 +114,13 @@ def test_bytes(backbone, keep, data, force):
     torch.testing.assert_close(logits[real(inputs)], model(task="mmu", routing="causal", **inputs).logits[real(inputs)],
                                **near)
     config, (B, T) = model.config, inputs["ids"].shape
-    total, used = 2 * 8 * B, 0
+    total, used = 2 * 8 * B, 0                             # the two counters of the whole cache
     a_token = 2 * config.n_kv_head * config.head_width * 8 + 4                # k and v in float64, a position in int32
     for layer, share in zip(cache.layers, keep):
         if layer is not None:
-            counts = layer.count.tolist()
+            counts = layer.counts
             assert layer.n_slot == max(capacity(share, T), 1) or capacity(share, T) < max(counts) <= layer.n_slot <= T
-            total += 8 * B + (B * layer.n_slot * a_token if max(counts) else 0)
+            total += B * layer.n_slot * a_token if max(counts) else 0
             used += sum(counts) * a_token
     assert cache.nbytes() == total and cache.nbytes(used=True) == used
     assert [layer is None for layer in cache.layers] == [share == 0 for share in keep]
@@ -170,7 +170,7 @@ def test_rows_that_finish_early(backbone):
     for b, n in enumerate((10, 4, 7)):
         alone = model(ids[b:b + 1, :n], task="mmu", routing="causal").logits[0]
         torch.testing.assert_close(logits[b, :n], alone, **near)
-    assert cache.layers[0].count.tolist() == [10, 4, 7] == cache.n_valid.flatten().tolist()
+    assert cache.layers[0].counts == [10, 4, 7] == cache.n_valid.flatten().tolist()
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -256,7 +256,7 @@ def test_another_dtype_in_a_later_chunk():
         model(torch.tensor([[1, 2]]), task="mmu", routing="causal", cache=cache)
         with pytest.raises(ValueError, match="this cache holds torch.float32, the new keys are torch.float64"):
             model.double()(torch.tensor([[3]]), task="mmu", routing="causal", cache=cache)
-    assert cache.length == 2 and cache.layers[0].count.tolist() == [2]
+    assert cache.length == 2 and cache.layers[0].counts == [2]
 
 
 def test_a_cache_for_an_unknown_task():

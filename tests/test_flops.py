@@ -234,7 +234,7 @@ def test_cache_bytes(config, plan, task, batch, length, seed):
         cache = Cache(model, task, batch, length)
         with torch.no_grad():
             model(call(config, batch, length, seed)["ids"], task=task, routing="causal", cache=cache)
-        rows = [[0 if layer is None else int(layer.count[b]) for layer in cache.layers] for b in range(batch)]
+        rows = [[0 if layer is None else layer.counts[b] for layer in cache.layers] for b in range(batch)]
         counts = [cache_bytes(config, plan, task, length, element, routed=row) for row in rows]
         assert sum(count.total for count in counts) == cache.nbytes(used=True)
         own = cache_bytes(config, plan, task, length, element)

@@ -24,11 +24,10 @@ BY_ROW = ("cpu",)   # devices on which ragged rows are decoded one after the oth
 
 
 class LayerCache:
-    """One layer: k and v (B, G, S, d), positions (B, S) int32, count (B,) of the slots in use."""
+    """One layer: k and v (B, G, S, d), positions (B, S) int32, counts: a list of the B numbers of slots in use."""
 
-    def __init__(self, batch: int, n_slot: int, limit: int, device=None):
-        self.n_slot, self.limit = n_slot, limit
-        self.count = torch.zeros(batch, dtype=torch.long, device=device)
+    def __init__(self, batch: int, n_slot: int, limit: int):
+        self.n_slot, self.limit, self.counts = n_slot, limit, [0] * batch
         self.k = self.v = self.positions = None            # made with the first tokens, which know dtype and width
 
     def begin(self, row: Tensor, positions: Tensor, spans: Tensor | None, single: bool) -> None:
@@ -39,49 +38,50 @@ class LayerCache:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Stores k and v (1, G, N, d) of the packed tokens; q (1, H, N, d) -> (1, H, N, d), each over its own row."""
-        column, slot = 0, self.count[self.row]
-        if not self.single:                                # the n-th new token of its row goes n slots further
-            new = torch.bincount(self.row, minlength=len(self.count))                      # (B,)
-            column = torch.arange(len(self.row), device=q.device) - (new.cumsum(0) - new)[self.row]
-            slot = slot + column
-        count = self.count.index_add(0, self.row, torch.ones_like(self.row))
-        counts = count.tolist()
+        rows, counts, slots = self.row.tolist(), list(self.counts), []
+        for b in rows:                                     # a row's next token takes its next slot
+            slots.append(counts[b])
+            counts[b] += 1
         self.reserve(max(counts), k, v)
-        self.k[self.row, :, slot] = k[0].detach().transpose(0, 1)
-        self.v[self.row, :, slot] = v[0].detach().transpose(0, 1)
-        self.positions[self.row, slot] = self.new_positions.to(torch.int32)
-        self.count = count
+        together = self.single and len(rows) == len(counts) and min(slots) == max(slots)
+        # all rows write the same slot: a slice, which is cheaper than an index
+        place = (slice(None), slots[0]) if together else (self.row, torch.tensor(slots, device=q.device))
+        self.k[place[0], :, place[1]] = k[0].detach().transpose(0, 1)                       # (N, G, d)
+        self.v[place[0], :, place[1]] = v[0].detach().transpose(0, 1)
+        self.positions[place] = self.new_positions.to(torch.int32)
+        before, self.counts = self.counts, counts
         if self.single:
-            return self.attend_single(q, counts)
-        return self.attend_chunk(q, slot, column, counts, new.tolist())
+            return self.attend_single(q, rows, together)
+        return self.attend_chunk(q, place[1], torch.tensor([slot - before[b] for b, slot in zip(rows, slots)],
+                                                           device=q.device))
 
-    def attend_single(self, q: Tensor, counts: list) -> Tensor:
+    def attend_single(self, q: Tensor, rows: list, together: bool) -> Tensor:
         """Decoding, one new token in each of R rows: its query over all slots of its row."""
-        S, rows = max(counts), self.row
-        query = q[0].transpose(0, 1)[:, :, None]                                            # (R, H, 1, d)
-        if len(rows) == len(counts) and min(counts) == S:                                   # all rows, equally long
+        counts = [self.counts[b] for b in rows]
+        query, S = q[0].transpose(0, 1)[:, :, None], max(counts)                            # (R, H, 1, d)
+        if together:
             y = attend(query, self.k[:, :, :S], self.v[:, :, :S])
         elif q.device.type in BY_ROW:                      # no cache is copied, none is read past its end
-            y = torch.cat([attend(query[n:n + 1], self.k[b:b + 1, :, :counts[b]], self.v[b:b + 1, :, :counts[b]])
-                           for n, b in enumerate(rows.tolist())])
+            y = torch.cat([attend(query[i:i + 1], self.k[b:b + 1, :, :n], self.v[b:b + 1, :, :n])
+                           for i, (b, n) in enumerate(zip(rows, counts))])
         else:
-            used = torch.arange(S, device=q.device) < self.count[rows, None]                # (R, S)
-            y = attend(query, self.k[rows, :, :S], self.v[rows, :, :S], used[:, None, None])
+            used = torch.arange(S, device=q.device) < torch.tensor(counts, device=q.device)[:, None]    # (R, S)
+            y = attend(query, self.k[self.row, :, :S], self.v[self.row, :, :S], used[:, None, None])
         return y[:, :, 0].transpose(0, 1)[None]
 
-    def attend_chunk(self, q: Tensor, slot: Tensor, column: Tensor, counts: list, new: list) -> Tensor:
+    def attend_chunk(self, q: Tensor, slot: Tensor, column: Tensor) -> Tensor:
         """One kernel for all rows: the packed queries in a grid (B, H, M, d), the mask rule over the slots in use."""
-        M, S, row = max(new), max(counts), self.row
-        grid = q.new_zeros(len(counts), M, *q.shape[1::2])                                  # (B, M, H, d)
+        M, S, row, N = int(column.max()) + 1, max(self.counts), self.row, q.shape[2]
+        grid = q.new_zeros(len(self.counts), M, *q.shape[1::2])                             # (B, M, H, d)
         grid[row, column] = q[0].transpose(0, 1)
-        plain = min(new) == M == min(counts) == S and self.new_spans is None                # a first chunk, no padding
+        plain = N == S * len(self.counts) and M == S and self.new_spans is None             # a first chunk, no padding
         y = attend(grid.transpose(1, 2), self.k[:, :, :S], self.v[:, :, :S],
                    None if plain else self.mask(slot, column, M, S), causal=plain)          # (B, H, M, d)
         return y.transpose(1, 2)[row, column].transpose(0, 1)[None]
 
     def mask(self, slot: Tensor, column: Tensor, M: int, S: int) -> Tensor:
         """(B, 1, M, S) bool. Slots are in the order of the sequence: j <= i, or both new and in the same span."""
-        B, row = len(self.count), self.row
+        B, row = len(self.counts), self.row
         mine = slot.new_zeros(B, M)
         mine[row, column] = slot
         see = torch.arange(S, device=slot.device) <= mine[:, :, None]
@@ -98,7 +98,7 @@ class LayerCache:
                              "autocast")
         if self.k is not None and n <= self.n_slot:
             return
-        old, batch = (self.k, self.v, self.positions), len(self.count)
+        old, batch = (self.k, self.v, self.positions), len(self.counts)
         if n > self.n_slot:
             self.n_slot = max(n, min(self.limit, self.n_slot + self.n_slot // 2))
         self.k, self.v = (x.new_zeros(batch, x.shape[1], self.n_slot, x.shape[3]) for x in (k, v))
@@ -108,13 +108,11 @@ class LayerCache:
             self.k[:, :, :S], self.v[:, :, :S], self.positions[:, :S] = old
 
     def nbytes(self, used: bool = False) -> int:
-        """Bytes allocated for keys, values, positions and counts; used: of the routed tokens alone."""
+        """Bytes allocated for keys, values and positions; used: of the routed tokens alone."""
         if self.k is None:
-            return 0 if used else tensor_bytes(self.count)
+            return 0
         stored = sum(map(tensor_bytes, (self.k, self.v, self.positions)))
-        if used:
-            return stored // self.positions.numel() * int(self.count.sum())
-        return stored + tensor_bytes(self.count)
+        return stored // self.positions.numel() * sum(self.counts) if used else stored
 
 
 class Cache:
@@ -129,7 +127,7 @@ class Cache:
             raise ValueError(f"unknown task {task!r}: this model's plan knows {', '.join(model.plan.tasks)}")
         self.task, self.batch, self.max_length, self.length = task, batch, max_length, 0
         device = next(model.parameters()).device
-        self.layers = [LayerCache(batch, max(1, capacity(keep, max_length)), max_length, device) if keep else None
+        self.layers = [LayerCache(batch, max(1, capacity(keep, max_length)), max_length) if keep else None
                        for keep in model.plan.keep[task]]
         self.n_valid = torch.zeros(batch, 1, dtype=torch.long, device=device)      # valid tokens so far
         self.n_image = torch.zeros_like(self.n_valid)                              # image tokens so far
@@ -155,15 +153,15 @@ class Cache:
 
     def mark(self) -> tuple:
         """Where the cache stands now, for rewind."""
-        counts = [layer and layer.count for layer in self.layers]
+        counts = [layer and layer.counts for layer in self.layers]
         return self.length, self.n_valid, self.n_image, self.last_span, counts
 
     def rewind(self, mark: tuple) -> None:
         """Forget all tokens after `mark`: Show-o draws its picture anew in every step behind the same prompt."""
         self.length, self.n_valid, self.n_image, self.last_span, counts = mark
-        for layer, count in zip(self.layers, counts):
+        for layer, used in zip(self.layers, counts):
             if layer is not None:
-                layer.count = count
+                layer.counts = used
 
     def nbytes(self, used: bool = False) -> int:
         """Bytes allocated; used: those of the routed tokens' keys, values and positions alone."""

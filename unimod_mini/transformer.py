@@ -166,8 +166,9 @@ class Attention(nn.Module):
             qk = torch.cat((self.q_norm(qk[:, :, :H]), self.k_norm(qk[:, :, H:])), dim=2)
         q, k = rotate(qk, rope).split((H, G), dim=2)
         on_cpu = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
-        dtype = torch.float32 if on_cpu else v.dtype       # bf16 attention is slower than float32 on a CPU
-        return (x.to(dtype).transpose(1, 2) for x in (q, k, v))
+        if on_cpu or q.dtype != v.dtype:                   # bf16 attention is slower than float32 on a CPU
+            q, k, v = (x.to(torch.float32 if on_cpu else v.dtype) for x in (q, k, v))
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None, cache=None) -> Tensor:
         q, k, v = self.queries_keys_values(x, rope)
@@ -326,7 +327,8 @@ class UnifiedTransformer(nn.Module):
         """The same behind a cache: the selected tokens alone, packed row by row to (1, N, D), whatever their number."""
         keep, own, decision, token = self.plan.keep[task][layer], cache.layers[layer], None, cache.valid_tokens
         if keep < 1.0:
-            decision = self.router(layer, task)(x, task, keep, context, "causal", (cache.n_valid, own.count[:, None]))
+            before = cache.n_valid, torch.tensor(own.counts, device=x.device)[:, None]
+            decision = self.router(layer, task)(x, task, keep, context, "causal", before)
             token = decision.selected.nonzero(as_tuple=True)                               # rows (N,), columns (N,)
         if len(token[0]) == 0:
             return x, decision
