@@ -115,7 +115,8 @@ def plan_for_saving(config: ModelConfig, task: str, length: int, saving: float) 
     for first, stride in ((1, 2), (1, 1), (0, 1)):
         routed = range(first, config.n_layer, stride)
         if routed and 0.0 < saving < 1.0 and cost(FLOOR) <= 1 - saving:
-            return plan(bisect(cost, 1 - saving, FLOOR, CEILING))
+            keep = bisect(cost, 1 - saving, FLOOR, CEILING)                  # saves enough; one slot more, too little
+            return plan(min(keep, min(keep + 1 / length, CEILING), key=lambda x: abs(cost(x) - (1 - saving))))
     raise ValueError(f"no plan with keeps of {FLOOR} and more saves {saving:.0%} of the training FLOPs of this model")
 
 
@@ -154,10 +155,9 @@ def costs(config: ModelConfig, plan: Plan | None, name: str, row: dict, peak: fl
             f"{name}_mfu": work / seconds / peak if peak else None, f"{name}_activation_bytes": kept}
 
 
-def measure(config: ModelConfig, args, length: int, batch: int, device) -> list:
+def measure(config: ModelConfig, plans: list, args, length: int, batch: int, device) -> list:
     """One line for each saving: dense and UniMoD in turns."""
     batches = {args.task: make_batch(config, args.task, batch, length, device)}
-    plans = [plan_for_saving(config, args.task, length, saving) for saving in args.savings]
     dense, rows = Step(lambda: UnifiedTransformer(config), batches, device, args.compile), []
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     for saving, plan in zip(args.savings, plans):
@@ -207,14 +207,21 @@ def against_hf(config: ModelConfig, args, device) -> dict:
             "time_saved": row["time_saved"], "time_saved_interval": row["time_saved_interval"]}
 
 
-def sizes(args, config: ModelConfig) -> list:
-    """[(L, T, B)]: the one asked for, or with --grow every length, about as many tokens a step, and other depths."""
-    L, tokens = config.n_layer, args.batch * args.length
-    if not args.grow:
-        return [(L, args.length, args.batch)]
-    lengths = sorted({args.length, *(LENGTHS if not args.quick else (64, 256))})
-    depths = sorted({max(1, L // 4), max(1, L // 2)} - {L})
-    return [(L, T, max(1, tokens // T)) for T in lengths] + [(depth, args.length, args.batch) for depth in depths]
+def jobs(args, config: ModelConfig) -> list:
+    """[(config, plans, T, B)]: the size asked for, or with --grow every length, about as many tokens a step, and depth.
+
+    All plans are made before anything is timed: a saving out of reach is an error at once.
+    """
+    L, tokens, sizes = config.n_layer, args.batch * args.length, [(config.n_layer, args.length, args.batch)]
+    if args.grow:
+        lengths = sorted({args.length, *(LENGTHS if not args.quick else (64, 256))})
+        depths = sorted({max(2, L // 4), max(2, L // 2)} - {L})
+        sizes = [(L, T, max(1, tokens // T)) for T in lengths] + [(depth, args.length, args.batch) for depth in depths]
+    out = []
+    for depth, T, B in sizes:
+        sized = replace(config, n_layer=depth, max_length=max(T, config.max_length))
+        out.append((sized, [plan_for_saving(sized, args.task, T, saving) for saving in args.savings], T, B))
+    return out
 
 
 def where(args, device) -> dict:
@@ -238,13 +245,13 @@ def main(argv=None) -> dict:
     seed_everything(0)
     torch._dynamo.config.recompile_limit = 64              # --compile: one graph for each model of this process
     config = make_config(args)
+    todo = jobs(args, config)
     out = where(args, device) | {"backbone": config.backbone, "width": config.d_model, "rows": []}
     print(f"{device}, {out['hardware']}, torch {out['torch']}, {out['dtype']}{', compiled' * args.compile}; "
           f"{config.backbone}, width {config.d_model}, {args.task}\nMB: {out['memory']}. Two figures: dense/UniMoD. "
           f"[95 % interval]. FLOPs: saved by count, full n x n attention\n{HEADER}")
-    for L, T, B in sizes(args, config):
-        sized = replace(config, n_layer=L, max_length=max(T, config.max_length))
-        out["rows"] += measure(sized, args, T, B, device)
+    for sized, plans, T, B in todo:
+        out["rows"] += measure(sized, plans, args, T, B, device)
     if device.type == "cuda":
         print("a step waits for the device:", any(row["step_has_sync"] for row in out["rows"]))
     if args.grow:

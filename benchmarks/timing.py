@@ -11,7 +11,7 @@ import torch
 
 from unimod_mini.trainer import precision, train_step
 
-WARM, FEWEST, CHECK = 3, 8, 4      # steps before timing; pairs at least; pairs between two looks at the interval
+WARM, FEWEST, CHECK = 3, 12, 4     # steps before timing; pairs at least; pairs between two looks at the interval
 
 
 def synchronize(device) -> None:
