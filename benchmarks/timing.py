@@ -16,7 +16,7 @@ WARM, FEWEST, CHECK = 3, 12, 4     # steps before timing; pairs at least; pairs 
 
 def synchronize(device) -> None:
     if device.type != "cpu":
-        torch.accelerator.synchronize()
+        torch.accelerator.synchronize(device)
 
 
 def allocated(device, peak: bool = False) -> int:
