@@ -8,7 +8,7 @@ Attention is the fused kernel: no n x n scores are kept, but a mask is, in every
     qkv                its output (H + 2 G) d; with QK norm 2 (H + G) statistics more
     attention          rotated queries and keys (H + G) d, output D, log-sum-exp H; with a mask n, its row in float32
     MLP                before and after GELU 2 F; SwiGLU 4 F: gate and up, silu(gate), their product
-    routed layer       x itself T D, scores T, predictor 2 T h; u and g u 2 K D (index_add keeps its source), gates
+    routed layer       x itself T D, scores T, predictor 2 T h; u K D, gates
 
 Legend: T tokens, K slots, D width, d head width, H heads, G key/value heads, F, h hidden widths of MLP, predictor.
 """
@@ -59,7 +59,7 @@ def layer_activations(config: ModelConfig, keep: float, T: int, spans: bool, pad
     if K == 0:                                             # x is the next layer's input too, counted there
         return predictor
     scores = FLOAT * (T * D + T) + predictor               # x, and r, from which K are gathered
-    gate = FLOAT * K * (2 * D + 1 + (config.gate != "linear"))                     # u, g u, g, and tanh or sigmoid
+    gate = FLOAT * K * (D + 1 + (config.gate != "linear"))                         # u, g, and tanh or sigmoid
     indices = INDEX * (T + 2 * K) + (K if padded else 0)   # slots (a view of T), flat ones to gather and to add; live
     angles = FLOAT * K * config.rope_dims
     return scores + gate + indices + angles + block_activations(config, K, spans)

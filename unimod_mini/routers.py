@@ -282,10 +282,13 @@ def gather_tokens(x: Tensor, indices: Tensor) -> Tensor:
 
 
 def add_tokens(x: Tensor, indices: Tensor, update: Tensor) -> Tensor:
-    """x_i <- x_i + update_i for the picked tokens, x_i <- x_i for the others. x (B, T, D), update (B, K, D)."""
+    """x_i <- x_i + update_i for the picked tokens, x_i <- x_i for the others. x (B, T, D), update (B, K, D).
+
+    scatter_add keeps the indices alone for the backward pass, one number a row (index_add would keep the update too).
+    """
     batch, length, width = x.shape
-    rows = x.reshape(batch * length, width).index_add(0, flat(indices, length), update.reshape(-1, width).to(x.dtype))
-    return rows.view(batch, length, width)
+    row = flat(indices, length)[:, None].expand(-1, width)                     # (B K, D), a view of (B K,)
+    return x.reshape(-1, width).scatter_add(0, row, update.reshape(-1, width).to(x.dtype)).view(x.shape)
 
 
 def flat(indices: Tensor, length: int) -> Tensor:
