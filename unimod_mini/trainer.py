@@ -39,13 +39,52 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+@torch.no_grad()
+def orthogonal(matrices: torch.Tensor, rounds: int = 5) -> torch.Tensor:
+    """(n, r, c) -> (n, r, c): every matrix with its singular values moved near 1 (between 0.7 and 1.2).
+
+    Newton-Schulz, X <- a X + (b A + c A^2) X with A = X X^T, from X / |X|, and the coefficients of Muon (Jordan et al.
+    2024, github.com/KellerJordan/Muon). bf16 on CUDA, float32 elsewhere: CPUs without bf16 need 30 times as long for it.
+    """
+    wide = matrices.shape[1] <= matrices.shape[2]
+    x = (matrices if wide else matrices.mT).to(torch.bfloat16 if matrices.is_cuda else torch.float32)
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(rounds):
+        gram = x @ x.mT                                                      # (n, s, s), s the shorter side
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x if wide else x.mT
+
+
+class Muon(torch.optim.Optimizer):
+    """torch.optim.Muon's rule (Nesterov momentum, orthogonalised, times sqrt(max(1, rows / columns)), decoupled decay),
+    with matrices of one shape taken together: on a CPU a step of the toy costs a tenth of its forward and backward."""
+
+    def __init__(self, params, lr: float, weight_decay: float = 0.01, momentum: float = 0.95):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            shapes = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append(p)
+            for (rows, columns), params in shapes.items():
+                buffers = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
+                grads = [p.grad for p in params]
+                torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+                nesterov = torch._foreach_lerp(grads, buffers, group["momentum"])
+                updates = orthogonal(torch.stack(nesterov)).to(params[0].dtype).unbind()
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(params, updates, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+
+
 def make_optimizers(model: nn.Module, lr: float = 0.02, lr_rest: float = 3e-3) -> list:
     """Muon on the hidden matrices of the blocks, AdamW on everything else (embeddings, head, norms, routers)."""
     hidden = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
     ids = {id(p) for p in hidden}
     rest = [p for p in model.parameters() if id(p) not in ids]
-    return [torch.optim.Muon(hidden, lr=lr, weight_decay=0.01),
-            torch.optim.AdamW(rest, lr=lr_rest, betas=(0.9, 0.99), weight_decay=0.01)]
+    return [Muon(hidden, lr), torch.optim.AdamW(rest, lr=lr_rest, betas=(0.9, 0.99), weight_decay=0.01)]
 
 
 def learning_rate(step: int, steps: int, warmup: int = 20, decay: float = 0.0) -> float:
