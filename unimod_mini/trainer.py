@@ -69,9 +69,10 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     shapes.setdefault(p.shape, []).append(p)
+                    if not self.state[p]:
+                        self.state[p]["momentum"] = torch.zeros_like(p)
             for (rows, columns), params in shapes.items():
-                buffers = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
-                grads = [p.grad for p in params]
+                grads, buffers = [p.grad for p in params], [self.state[p]["momentum"] for p in params]
                 torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
                 nesterov = torch._foreach_lerp(grads, buffers, group["momentum"])
                 updates = orthogonal(torch.stack(nesterov)).to(params[0].dtype).unbind()
