@@ -83,7 +83,7 @@ class Sampler:
 
     def __call__(self, n_t2i: int | None = None, n_mmu: int | None = None) -> dict:
         """{task: Batch} of the usual sizes, or of these."""
-        prompts, drawn = self.world.sample_t2i(n_t2i or self.n_t2i, self.rng)
+        prompts, drawn = self.world.sample_prompts(n_t2i or self.n_t2i, self.rng)
         dialogues, seen = self.world.sample_dialogues(n_mmu or self.n_mmu, self.rng, self.tokenizer.text_length)
         t2i = self.tokenizer.t2i(drop_prompts([p.text for p in prompts], 0.1, self.rng), drawn)
         if self.tokenizer.backbone == "showo":

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unimod_mini.shapes import (BACKGROUND, COLORS, DIALOGUE, MMU_CATEGORIES, NUMBERS, SHADES, SHAPES,
+from unimod_mini.shapes import (BACKGROUND, COLORS, DIALOGUES, MMU_CATEGORIES, NUMBERS, SHADES, SHAPES,
                                 T2I_CATEGORIES, Prompt, Thing, World, blind_answers)
 
 seeds = st.integers(0, 10**6)
@@ -246,29 +246,37 @@ def test_every_kind_of_question_is_asked():
 
 @given(worlds(), seeds, st.integers(1, 60))
 def test_dialogues(world, seed, budget):
-    """Several turns on one picture of the training world, all answered rightly, none twice, in the order of DIALOGUE,
-    within the budget (but never none), and nothing after a caption."""
-    dialogues, codes = world.sample_dialogues(7, Random(seed), budget)
+    """Turns on one picture of the training world, all answered rightly, none twice, DIALOGUES in turn (a place where all
+    are twins turns into a caption), within the budget (but never none), and nothing after a caption."""
+    dialogues, codes = world.sample_dialogues(23, Random(seed), budget)
     for i, (turns, picture) in enumerate(zip(dialogues, codes, strict=True)):
         scene, sizes = look(world, picture), [len(f"{q.text} {q.answer}".split()) + 2 for q in turns]
         assert all(answers(scene, q.text) == [q.answer] for q in turns)
         assert 1 <= len(turns) == len({q.text for q in turns}) and (sum(sizes) <= budget or len(turns) == 1)
         assert all(q.category != "caption" for q in turns[:-1])
-        rotation = iter(DIALOGUE[i % len(DIALOGUE):] + DIALOGUE[:i % len(DIALOGUE)])
-        assert all(any(q.category in (want, "caption" if want == "place" else want) for want in rotation) for q in turns)
+        planned = iter(DIALOGUES[i % len(DIALOGUES)])
+        assert all(any(q.category in (want, "caption" if want == "place" else want) for want in planned) for q in turns)
         assert all(t[:2] in world.seen for t in scene)
 
 
-def test_dialogues_fill_their_budget():
-    """A generous budget ends with the caption after all other questions that differ, a mean one after one question;
-    what does not fit is passed over for what does."""
-    assert set(DIALOGUE) == set(MMU_CATEGORIES) and DIALOGUE[-1] == "caption"
-    full, _ = World(max_objects=1).sample_dialogues(7, Random(0), 200)
-    assert [q.category for q in full[0]] == ["color", "place", "shape", "count", "existence", "caption"]
-    assert {len(d) for d in World().sample_dialogues(20, Random(0), 1)[0]} == {1}
-    tight, _ = World().sample_dialogues(700, Random(0), 17)
-    assert sum(len(turns) for turns in tight) / 700 > 1.7
-    assert any(DIALOGUE.index(b.category) - DIALOGUE.index(a.category) > 1 for a, b, *_ in (t for t in tight[::7] if len(t) > 1))
+def test_dialogues_give_no_later_answer_away():
+    """Every category is asked and opens a dialogue; a shape's existence is asked before anything names a shape, a place
+    or a shape is not asked after a question that says it; the toy's budget holds nearly all turns."""
+    assert {first for first, *_ in DIALOGUES} == set(MMU_CATEGORIES)
+    says = {"place": {"existence", "color", "shape"}, "color": {"existence"}, "shape": {"existence", "place"},
+            "count": {"existence"}, "existence": set()}
+    assert all(later not in says[first] for first, later in (d for d in DIALOGUES if len(d) == 2))
+    world = World()
+    asked, _ = world.sample_dialogues(1000, Random(0), world.longest_text + 2)
+    assert sum(map(len, asked)) / 1000 > 1.75
+    assert {len(turns) for turns in world.sample_dialogues(20, Random(0), 1)[0]} == {1}
+
+
+def test_training_draws_every_category():
+    """sample_prompts has what sample_t2i has, bindings and scenes more often."""
+    prompts, codes = World().sample_prompts(20, Random(0))
+    names = [prompt.category for prompt in prompts]
+    assert len(codes) == 20 and set(names) == set(T2I_CATEGORIES) and names.count("binding") == 6
 
 
 # ---------------------------------------------------------------------------------------------------- samples

@@ -65,6 +65,8 @@ class Pictures:
         prompts, codes = self.sample_t2i(n, rng)
         return [Question("describe ?", "caption", prompt.text) for prompt in prompts], codes
 
+    sample_prompts = sample_t2i            # training draws the same prompts
+
     def sample_dialogues(self, n, rng, budget):
         """The same, as dialogues of one question."""
         questions, codes = self.sample_mmu(n, rng)

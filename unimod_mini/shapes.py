@@ -32,7 +32,11 @@ PLACES = {2: ("top-left", "top-right", "bottom-left", "bottom-right"),
           3: ("top-left", "top", "top-right", "left", "center", "right", "bottom-left", "bottom", "bottom-right")}
 T2I_CATEGORIES = ("one_object", "two_objects", "counting", "colors", "place", "binding", "scene")
 MMU_CATEGORIES = ("color", "shape", "place", "count", "existence", "caption")
-DIALOGUE = ("color", "place", "shape", "count", "existence", "place", "caption")   # places are the slowest to learn
+# What training draws and asks: the slowest to learn more often. No question gives a later one of its dialogue away
+# ("where is the red ring ?" would say that there is a ring).
+DRAWN = (*T2I_CATEGORIES, "binding", "binding", "scene")
+DIALOGUES = (("existence", "place"), ("count", "color"), ("place", "count"), ("existence", "shape"), ("color", "place"),
+             ("existence", "color"), ("count", "place"), ("place", "count"), ("shape", "color"), ("caption",))
 PATCH, OBJECT = 2, 4             # pixels: of a token, of an object
 SHADES = (1.0, 0.55)             # factors on the colour
 
@@ -237,24 +241,24 @@ class World:
         questions = [self.question(categories[i % len(categories)], scene, rng) for i, scene in enumerate(scenes)]
         return questions, self.draw(scenes, rng)
 
-    def sample_dialogues(self, n: int, rng: Random, budget: int):
-        """n pictures with several questions each: (list of lists of Question, codes (n, h, w)).
+    def sample_prompts(self, n: int, rng: Random):
+        """n prompts to train on and a picture for each, as sample_t2i returns them."""
+        return self.sample_t2i(n, rng, categories=DRAWN)
 
-        Questions in the order of DIALOGUE, from a different first one in each; one that is over what is left of
-        `budget` (its words, its answer's and two marks a turn) or was asked is left out; the first always stays.
-        Nothing follows a caption: it would give the answers away.
+    def sample_dialogues(self, n: int, rng: Random, budget: int):
+        """n pictures to train on, DIALOGUES in turn: (list of lists of Question, codes (n, h, w)).
+
+        A question that is over what is left of `budget` (its words, its answer's and two marks a turn) is left out, the
+        first always stays. Nothing follows a caption: it would give the answers away.
         """
         scenes, dialogues = [self.scene(rng) for _ in range(n)], []
         for i, scene in enumerate(scenes):
             turns, left = [], budget
-            for j in range(len(DIALOGUE)):
-                turn = self.question(DIALOGUE[(i + j) % len(DIALOGUE)], scene, rng)
+            for category in DIALOGUES[i % len(DIALOGUES)]:
+                turn = self.question(category, scene, rng)
                 size = len(turn.text.split()) + len(turn.answer.split()) + 2
-                if turns and (size > left or any(turn.text == earlier.text for earlier in turns)):
-                    continue
-                turns, left = [*turns, turn], left - size
-                if turn.category == "caption":
-                    break
+                if not turns or (size <= left and turns[-1].category != "caption"):
+                    turns, left = [*turns, turn], left - size
             dialogues.append(turns)
         return dialogues, self.draw(scenes, rng)
 
