@@ -33,8 +33,8 @@ from unimod_mini.trainer import find_device, learning_rate, precision, seed_ever
 # --------------------------------------------------------------------------------------------------------------
 
 SETTINGS = {
-    "emu3": dict(steps=1100, t2i=26, mmu=38, budget=0.60, temperature=0.7, guidance=1.0, draw_steps=1),
-    "showo": dict(steps=1900, t2i=40, mmu=24, budget=0.85, temperature=1.0, guidance=1.0, draw_steps=16),
+    "emu3": dict(steps=1200, t2i=16, mmu=32, budget=0.60, temperature=0.7, guidance=1.0, draw_steps=1),
+    "showo": dict(steps=1800, t2i=36, mmu=20, budget=0.85, temperature=1.0, guidance=1.0, draw_steps=16),
 }
 AIMS = {"t2i": 0.90, "mmu": 0.95}
 EVAL_SCENES = 504                  # of each task, from seeds that training never uses

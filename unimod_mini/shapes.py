@@ -32,11 +32,12 @@ PLACES = {2: ("top-left", "top-right", "bottom-left", "bottom-right"),
           3: ("top-left", "top", "top-right", "left", "center", "right", "bottom-left", "bottom", "bottom-right")}
 T2I_CATEGORIES = ("one_object", "two_objects", "counting", "colors", "place", "binding", "scene")
 MMU_CATEGORIES = ("color", "shape", "place", "count", "existence", "caption")
-# What training draws and asks: the slowest to learn more often. No question gives a later one of its dialogue away
-# ("where is the red ring ?" would say that there is a ring).
+# What training draws and asks: the slowest to learn more often, and captions, which say most about a picture. No question
+# gives a later one of its dialogue away ("where is the red ring ?" would say that there is a ring).
 DRAWN = (*T2I_CATEGORIES, "binding", "binding", "scene")
-DIALOGUES = (("existence", "place"), ("count", "color"), ("place", "count"), ("existence", "shape"), ("color", "place"),
-             ("existence", "color"), ("count", "place"), ("place", "count"), ("shape", "color"), ("caption",))
+DIALOGUES = (("existence", "place"), ("count", "color"), ("caption",), ("place", "count"), ("existence", "shape"),
+             ("color", "place"), ("caption",), ("existence", "color"), ("count", "place"), ("shape", "color"),
+             ("place", "count"), ("caption",))
 PATCH, OBJECT = 2, 4             # pixels: of a token, of an object
 SHADES = (1.0, 0.55)             # factors on the colour
 
