@@ -246,7 +246,8 @@ def test_what_is_broken_is_listed_and_the_rest_is_kept(tmp_path):
     skipped = (tmp_path / "out" / "skipped.txt").read_text().splitlines()
     for start in ("2.png: cannot be read as a picture", "metadata.jsonl, line 13: ",
                   "metadata.jsonl, line 14: not JSON", 'metadata.jsonl, line 16: needs the key "text"',
-                  "0.tar/a/1: no picture among .txt", "0.tar/a/2: no caption", "0.tar/a/4: its .json is no JSON object", "0.tar/a/5: cannot be read as a picture",
+                  "0.tar/a/1: no picture among .txt", "0.tar/a/2: no caption",
+                  "0.tar/a/4: its .json is no JSON object", "0.tar/a/5: cannot be read as a picture",
                   "1.tar: the rest of it cannot be read", "2.tar: the rest of it cannot be read",
                   "q.json, entry 0: turns must go human", 'q.json, entry 1: needs the key "image"', "q.json, entry 2: ",
                   "q.json, entry 3: '../x' leads out of the folder", "q.json, entry 4: turns must go human, gpt"):
@@ -352,7 +353,8 @@ def test_stopped_anywhere_and_resumed(tmp_path, monkeypatch, capsys, where):
     run(*once)
     calls = Counter()
     real = {"decode": chunks.decode, "fit": prepare.fit_codec, "judge": prepare.judge_codec,
-            "shards": prepare.write_shards, "save": chunks.np.save, "whole": prepare.whole_file, "codes": Palette.encode}
+            "shards": prepare.write_shards, "save": chunks.np.save, "whole": prepare.whole_file,
+            "codes": Palette.encode}
 
     def stops(name, at=1):
         def function(*arguments, **more):
@@ -400,6 +402,14 @@ def test_other_options_are_refused(tmp_path):
         run(photos, tmp_path / "out", *TINY)
         for path in (tmp_path / "out" / "work").iterdir():
             path.unlink()
+
+
+def test_stopped_before_the_first_file(tmp_path):
+    """A folder in which nothing but the options was begun is taken up."""
+    (tmp_path / "out" / "work").mkdir(parents=True)
+    (tmp_path / "out" / "work" / "options.json.tmp").write_text("{")
+    run(folder_of(tmp_path / "photos"), tmp_path / "out", *TINY)
+    assert sum(Shards(tmp_path / "out").about["pictures"].values()) == 12 and no_rubbish(tmp_path)
 
 
 def test_a_pool_of_processes_gives_the_same(tmp_path):

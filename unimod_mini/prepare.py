@@ -156,10 +156,12 @@ def judge_codec(chunks: Chunks, codec, numbers: dict, out: Path, seed: int) -> d
                   f"{report.perplexity:.0f}")
             pick = sorted(Random(f"sheet {seed}").sample(range(len(those)), min(8, len(those))))
             drawn = codec.decode(codec.encode(images[pick])).cpu()
-            pictures += torch.cat((images[pick], drawn), dim=1)              # (2 S, S, 3): the original on top
+            gap = drawn.new_full((len(pick), 1, *drawn.shape[2:]), 255)
+            pictures += torch.cat((images[pick], gap, drawn), dim=1)         # (2 S + 1, S, 3): the original on top
             sides |= {those[i]: split for i in pick}
-    keys = {record["picture"]: record["key"] for record in chunks.used() if record["picture"] in sides}
-    names = [f"{split}: {keys[number]}" for number, split in sides.items()]
+    texts = {record["picture"]: record["texts"][0][1] for record in chunks.used()
+             if record["picture"] in sides and record["texts"]}
+    names = [f"{split}: {texts[number]}" for number, split in sides.items()]
     print(save_png(torch.stack(pictures), names, out / "reconstruction.png", max(1, 128 // images.shape[1])))
     return results
 
@@ -290,9 +292,9 @@ def begin(args, out: Path) -> dict:
                 raise ValueError(f"{out} was begun with {name.replace('_', '-')} {before.get(name)}, not {value}: give "
                                  "the same options, or another folder")
         return options
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.is_file() or any(path.is_file() and path.name != "options.json.tmp" for path in out.rglob("*")):
         raise FileExistsError(f"{out} holds other things: choose a new or an empty folder")
-    settings.parent.mkdir(parents=True)
+    settings.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(settings) as file:
         json.dump(options, file)
     return options

@@ -249,8 +249,8 @@ def check_layout(path: Path, header: dict, tokenizer: Tokenizer) -> None:
             raise ValueError(f"{path}: the header's {key} is {header.get(key)}, expected {value}: prepare it again")
     size = HEADER + n * wanted["shape"][1] * np.dtype(wanted["dtype"]).itemsize
     if path.stat().st_size != size:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes, its header says {size}: it was cut short or added to, "
-                         "copy it again")
+        raise ValueError(f"{path} has {path.stat().st_size} bytes, its header says {size}: cut short or added to, copy "
+                         "it again")
 
 
 def check_seal(path: Path, seal: str, bar) -> None:
