@@ -49,6 +49,12 @@ class ModelConfig:
         if self.membership not in MEMBERSHIP_WEIGHT:
             raise ValueError(f"ModelConfig: membership must be one of {', '.join(MEMBERSHIP_WEIGHT)}, got "
                              f"{self.membership!r}")
+        sizes = ("n_layer", "n_head", "n_kv_head", "d_model", "d_ff", "vocab_size", "max_length")
+        if small := {name: getattr(self, name) for name in sizes if getattr(self, name) < 1}:
+            raise ValueError(f"ModelConfig: sizes must be at least 1, got {small}")
+        if not (0 <= self.rope_fraction <= 1 and 0 <= self.attention_dropout < 1):
+            raise ValueError(f"ModelConfig: rope_fraction must lie in [0, 1] and attention_dropout in [0, 1), got "
+                             f"{self.rope_fraction}, {self.attention_dropout}")
         if self.d_model % self.n_head or self.n_head % self.n_kv_head:
             raise ValueError(f"ModelConfig: n_head={self.n_head} must divide d_model={self.d_model} and be a multiple "
                              f"of n_kv_head={self.n_kv_head}")
