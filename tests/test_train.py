@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import train_toy as toy
-from unimod_mini import (METHODS, ModelConfig, Palette, Pictures, Plan, UnifiedTransformer, World, calibrate, count_flops,
-                         flops_ratio, generate_text, load_checkpoint, make_optimizers, plan_for_budget, predictor_report,
-                         save_checkpoint, train_step)
+from unimod_mini import (METHODS, ModelConfig, Palette, Pictures, Plan, UnifiedTransformer, WordText, World, calibrate,
+                         count_flops, flops_ratio, generate_text, load_checkpoint, make_optimizers, plan_for_budget,
+                         predictor_report, save_checkpoint, train_step)
 from unimod_mini.evaluate import ask_and_judge, blind_accuracy, by_category, draw_and_judge, share
 from unimod_mini.show import save_png, terminal
 from unimod_mini.objectives import IGNORE
@@ -197,6 +197,13 @@ def test_pictures_behave_like_a_world():
     assert not any(world.fits(p, [f"{p.text}x"]) for p in prompts)
     assert [[q.answer for q in turns] for turns in world.sample_dialogues(12, Random(0), 9)[0]] == [[p.text] for p in prompts]
     assert world.grid == (2, 2) and world.longest_text == 4 and {"b0", "describe", "?"} <= set(world.words)
+
+
+def test_blanks_in_captions_are_no_words():
+    """Answers are words with single blanks between them, so that a caption with more can be answered too."""
+    world = Pictures(torch.zeros(1, 8, 8, 3, dtype=torch.uint8), [" a  red\tcat "])
+    text, answer = WordText(world.words), world.sample_mmu(1, Random(0))[0][0].answer
+    assert text.decode(text.encode(answer)) == answer == "a red cat"
 
 
 def test_terminal_and_png_show_every_picture(tmp_path, monkeypatch):

@@ -48,6 +48,7 @@ class Pictures:
     held_out = ()
 
     def __init__(self, images, captions, n_codes=256, patch=4):
+        captions = [" ".join(caption.split()) for caption in captions]  # as WordText.decode writes them
         self.captions, palette = captions, Palette.fit(images, n_codes, patch)
         self.patches, self.codes = palette.patches, palette.encode(images)
         self.drawn = palette.decode(self.codes)  # the pictures as the palette can show them
