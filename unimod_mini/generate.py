@@ -79,7 +79,9 @@ def sample(logits: Tensor, temperature: float, generator: torch.Generator | None
     return ids.gather(1, drawn).squeeze(1).to(logits.device)
 
 
-def check_sampling(temperature: float, top_k: int | None = None, top_p: float = 1.0) -> None:
+def check_sampling(temperature: float, top_k: int | None = None, top_p: float = 1.0, guidance: float = 0.0) -> None:
+    if not 0 <= guidance < math.inf:
+        raise ValueError(f"guidance must be finite and >= 0, got {guidance}")
     if not 0 <= temperature < math.inf or not 0 < top_p <= 1 or (top_k is not None and top_k < 1):
         raise ValueError(f"temperature must be finite and >= 0, top_k >= 1 and top_p in (0, 1], got {temperature}, {top_k}, {top_p}")
 
@@ -132,7 +134,7 @@ def generate_image(model: UnifiedTransformer, tokenizer: Tokenizer, prompt, rout
 
     guidance w > 0 pushes away from the picture without a caption: c + w (c - u). steps: of Show-o's parallel decoding.
     """
-    check_sampling(temperature)
+    check_sampling(temperature, guidance=guidance)
     single = isinstance(prompt, str)
     prompts = [prompt] if single else list(prompt)
     if steps < 1 or not prompts:
