@@ -132,6 +132,22 @@ def test_the_command_line_is_frozen():
             toy.parse(bad)
 
 
+@pytest.mark.parametrize("arguments, message", [
+    (["--device", "toaster"], "error: no device 'toaster' here: choose from"),
+    (["--images", "empty"], "error: empty: the folder is missing or empty"),
+    (["--images", "bad"], "error: .*metadata.jsonl, line 1: not JSON"),
+    (["--out", "bad/metadata.jsonl"], "error: .*File exists: 'bad/metadata.jsonl'"),
+])
+def test_what_cannot_be_trained_ends_in_one_line(tmp_path, monkeypatch, arguments, message):
+    """A device, pictures or a place for the results that are not there: one line names it, and nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir(), (tmp_path / "bad").mkdir(), (tmp_path / "bad" / "metadata.jsonl").write_text("{")
+    before = set(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit, match=message):
+        toy.main([*arguments])
+    assert set(tmp_path.rglob("*")) == before
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_a_plan_within_its_budget(method):
     """unimod and mod meet the budget, the others keep their own; dense saves nothing."""
