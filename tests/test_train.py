@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import train_toy as toy
-from unimod_mini import (METHODS, ModelConfig, Palette, Pictures, Plan, UnifiedTransformer, WordText, World, calibrate,
-                         count_flops, flops_ratio, generate_text, load_checkpoint, make_optimizers, plan_for_budget,
-                         predictor_report, save_checkpoint, train_step)
+from unimod_mini import (METHODS, ModelConfig, Palette, Pictures, Plan, UnifiedTransformer, WordText, World, arank_table,
+                         calibrate, count_flops, flops_ratio, generate_image, generate_text, load_checkpoint,
+                         make_optimizers, plan_for_budget, predictor_report, save_checkpoint, train_step)
 from unimod_mini.evaluate import ask_and_judge, blind_accuracy, by_category, draw_and_judge, share
-from unimod_mini.show import save_png, terminal
+from unimod_mini.show import kept_tokens, save_png, terminal
 from unimod_mini.objectives import IGNORE
 from unimod_mini.trainer import learning_rate, predicted_tokens
 
@@ -90,6 +90,23 @@ def test_calibrated_thresholds_realise_the_trained_capacity(backbone, dtype):
     report = predictor_report(model, batches)
     assert abs(report["capacity_trained"] - report["capacity_realised"]) < 0.05
     assert 0.5 <= report["base_rate"] <= 1 and 0 <= report["accuracy"] <= 1
+
+
+@pytest.mark.parametrize("training", (False, True))
+def test_looking_at_a_model_does_not_change_its_mode(training):
+    """Drawing, answering, thresholds, reports and ARank run without dropout and leave a model training if it was."""
+    _, tokenizer, sampler, config = setup("showo", attention_dropout=0.5)
+    model, batches = UnifiedTransformer(config, Plan({"t2i": (0.5, 1), "mmu": (0.7, 1)})).train(training), sampler(1, 1)
+    modes = []
+    model.register_forward_hook(lambda *_: modes.append(model.training))
+    images = [generate_image(model, tokenizer, "a ring", steps=1) for _ in range(2)]
+    assert torch.equal(*images) and generate_text(model, tokenizer, images[0], "describe ?", max_tokens=1) is not None
+    calibrate(model, batches), predictor_report(model, batches), arank_table(model, batches)
+    kept_tokens(model, tokenizer, batches["mmu"], "mmu")
+    assert model.training == training and set(modes) == {False}
+    with pytest.raises(ValueError):
+        generate_image(model, tokenizer, "no such words")
+    assert model.training == training
 
 
 def test_learning_rate_warms_up_stays_and_falls():

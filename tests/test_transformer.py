@@ -294,6 +294,13 @@ def test_fresh_gates_with_padding(backbone, padding, spans, length, seed):
     torch.testing.assert_close(child(**inputs).logits[ok], parent(**inputs).logits[ok], **near)
 
 
+@pytest.mark.parametrize("training", (False, True))
+def test_with_plan_keeps_the_mode(training):
+    """A copy of an evaluated model is one: its dropout is off."""
+    parent = UnifiedTransformer(tiny("emu3", attention_dropout=0.5)).train(training)
+    assert {module.training for module in parent.with_plan(routed(.5, .5, 1)).modules()} == {training}
+
+
 def test_with_plan_copies_the_weights():
     """The copy owns its weights, equal to the bit and in the same dtype; routers are fresh; changes reach the config."""
     parent = build(tiny("showo"), routed(.5, .5, 1), dtype=torch.bfloat16)

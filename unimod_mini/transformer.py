@@ -12,6 +12,7 @@ Legend: B batch, T tokens, K kept tokens, D width, H heads, G key/value heads, d
 """
 
 from dataclasses import dataclass, replace
+from functools import wraps
 from typing import NamedTuple
 
 import torch
@@ -230,6 +231,19 @@ class Output(NamedTuple):
     routing: list                  # a Routing for each routed layer, None for a dense or a skipped one
 
 
+def inference(function):
+    """Decorates function(model, ..): without gradients or dropout; afterwards the model trains on if it did before."""
+    @wraps(function)
+    def run(model, *args, **options):
+        training = model.training
+        try:
+            with torch.no_grad():
+                return function(model.eval(), *args, **options)
+        finally:
+            model.train(training)
+    return run
+
+
 class UnifiedTransformer(nn.Module):
     """model(ids, task) -> Output. plan=None: every layer dense. Weights are float32 unless converted."""
 
@@ -271,6 +285,7 @@ class UnifiedTransformer(nn.Module):
         """A copy with this plan's (fresh) routers and, bit for bit, this model's other weights."""
         weight = self.embed.weight
         copy = UnifiedTransformer(replace(self.config, **changes), plan).to(weight.device, weight.dtype)
+        copy.train(self.training)
         own = {name: weight for name, weight in self.state_dict().items() if not name.startswith("routers.")}
         missing, unexpected = copy.load_state_dict(own, strict=False)
         assert not unexpected and all(name.startswith("routers.") for name in missing)
