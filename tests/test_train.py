@@ -1,5 +1,6 @@
 """train_toy.py and what it stands on: flags, losses that fall, thresholds, checkpoints, evaluation, pictures."""
 import json
+from copy import deepcopy
 from dataclasses import replace
 from random import Random
 
@@ -90,6 +91,20 @@ def test_calibrated_thresholds_realise_the_trained_capacity(backbone, dtype):
     report = predictor_report(model, batches)
     assert abs(report["capacity_trained"] - report["capacity_realised"]) < 0.05
     assert 0.5 <= report["base_rate"] <= 1 and 0 <= report["accuracy"] <= 1
+
+
+def test_predictors_never_move_the_model():
+    """Whatever the predictors are, a training step leaves every other weight at the same bits: clipping included."""
+    _, _, sampler, config = setup("emu3")
+    one = UnifiedTransformer(config, Plan({"t2i": (0.5, 1), "mmu": (0.7, 0.3)}))
+    two, batches = deepcopy(one), sampler(4, 4)
+    for name, weight in two.named_parameters():
+        if ".predictor." in name:
+            weight.data.mul_(100)
+    for model in (one, two):
+        train_step(model, make_optimizers(model), batches, 1.0)
+    for (name, a), b in zip(one.named_parameters(), two.parameters()):
+        assert torch.equal(a, b) != (".predictor." in name), name
 
 
 @pytest.mark.parametrize("training", (False, True))

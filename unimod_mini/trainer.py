@@ -99,7 +99,8 @@ def train_step(model, optimizers, batches: dict, factor: float) -> dict:
     losses = {task: task_losses(model, batch, task) for task, batch in batches.items()}
     total = sum(TASK_WEIGHTS[task] * loss.task + loss.predictor for task, loss in losses.items())
     total.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    # predictors apart: in one norm with the others, their loss would scale the model's gradient
+    nn.utils.clip_grad_norm_([p for name, p in model.named_parameters() if ".predictor." not in name], 1.0)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = factor * group.setdefault("peak_lr", group["lr"])
