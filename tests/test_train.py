@@ -227,7 +227,71 @@ def test_judges_say_right_for_right_and_wrong_for_wrong(monkeypatch):
         monkeypatch.setattr(evaluate, "generate_text", lambda *a, **k: answers)
         assert check(share(draw_and_judge(None, tokenizer, world, prompts)))
         assert check(share(ask_and_judge(None, tokenizer, questions, seen)))
+    for cut in (lambda answer: "", lambda answer: answer[:-1], lambda answer: answer + " and"):
+        monkeypatch.setattr(evaluate, "generate_text", lambda *a, **k: [cut(q.answer) for q in questions])
+        assert share(ask_and_judge(None, tokenizer, questions, seen)) == 0
     assert by_category([("a", True), ("a", False), ("b", True)]) == {"a": 0.5, "b": 1.0}
+
+
+class Recorder:
+    """A world that remembers what was sampled from it, and generators that get every plain picture and every plain
+    question on colours right, and of the held-out ones only the pictures."""
+
+    def __init__(self, world, tokenizer):
+        self.world, self.tokenizer, self.samples, self.options, self.codes, self.answers = world, tokenizer, [], [], [], []
+
+    def __getattr__(self, name):
+        return getattr(self.world, name)
+
+    def sample_t2i(self, n, rng, held_out=False):
+        prompts, codes = self.world.sample_t2i(n, rng, held_out)
+        self.samples.append(("t2i", held_out, [p.text for p in prompts]))
+        self.codes += codes.unbind()
+        return prompts, codes
+
+    def sample_mmu(self, n, rng, held_out=False):
+        questions, codes = self.world.sample_mmu(n, rng, held_out)
+        self.samples.append(("mmu", held_out, [q.text for q in questions]))
+        self.answers += [(q.answer if q.category == "color" and not held_out else "no", c) for q, c in zip(questions, codes)]
+        return questions, codes
+
+    def generate_image(self, model, tokenizer, prompts, **options):
+        self.options.append(options)
+        return tokenizer.image.decode(torch.stack([self.codes.pop(0) for _ in prompts]))
+
+    def generate_text(self, model, tokenizer, images, questions, **options):
+        self.options.append(options)
+        answers, codes = zip(*(self.answers.pop(0) for _ in questions))
+        assert torch.equal(tokenizer.image.encode(images), torch.stack(codes))
+        return list(answers)
+
+
+def test_evaluate_counts_what_came_back(monkeypatch):
+    """n scenes of each task, then n / 3 held-out ones, each judged once; the rule and the drawing options reach the
+    generators; every chunk of pictures has a seed of its own; the seed alone decides the scenes."""
+    import unimod_mini.evaluate as module
+    world, tokenizer, _, _ = setup("emu3")
+
+    def run(seed, routing="topk"):
+        record = Recorder(world, tokenizer)
+        monkeypatch.setattr(module, "generate_image", record.generate_image)
+        monkeypatch.setattr(module, "generate_text", record.generate_text)
+        return record, module.evaluate(None, tokenizer, record, routing, 168, seed, {"temperature": 0.3})
+
+    record, result = run(1)
+    assert [(task, held_out, len(texts)) for task, held_out, texts in record.samples] == [
+        ("t2i", False, 168), ("mmu", False, 168), ("t2i", True, 56), ("mmu", True, 56)]
+    drawn = [o for o in record.options if "seed" in o]
+    assert drawn == [{"routing": "topk", "temperature": 0.3, "seed": seed} for seed in (0, 84, 0)]
+    assert [o for o in record.options if "seed" not in o] == [{"routing": "topk"}] * 3
+    held = result["by_category"].pop("composition")
+    assert held["t2i"] == 1 and held["mmu"] < 0.2          # "no" is the right answer to some
+    assert result["composition"] == pytest.approx((1 + held["mmu"]) / 2, abs=1e-4)
+    assert set(result["by_category"]["t2i"].values()) == {1.0} and len(result["by_category"]["t2i"]) == 7
+    shares = result["by_category"]["mmu"]
+    assert len(shares) == 6 and shares.pop("color") == 1 and max(shares.values()) < 0.6
+    assert result["t2i_accuracy"] == 1 and result["mmu_accuracy"] == pytest.approx((1 + sum(shares.values())) / 6, abs=1e-3)
+    assert run(1, "causal")[0].samples == record.samples != run(2)[0].samples
 
 
 def test_blind_answers_are_far_from_enough():
