@@ -12,6 +12,7 @@ import argparse
 import copy
 import json
 import os
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -124,10 +125,13 @@ def step_flops(config, plan, tokenizer) -> int:
 
 def main(argv=None) -> dict:
     args, began = parse(argv), time.perf_counter()
-    setting, device, out = SETTINGS[args.backbone], find_device(args.device), Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    setting, out = SETTINGS[args.backbone], Path(args.out)
     seed_everything(args.seed)
-    world, tokenizer = make_world(args)
+    try:
+        device, (world, tokenizer) = find_device(args.device), make_world(args)
+        out.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError, ImportError) as error:    # a device, a picture, a folder, pillow
+        sys.exit(f"error: {error}")
     config = toy_config(args.backbone, tokenizer)
     dense = UnifiedTransformer(config).to(device)
     sampler = Sampler(world, tokenizer, args.seed, setting["t2i"], setting["mmu"])

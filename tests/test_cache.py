@@ -1,4 +1,6 @@
 """unimod_mini.cache: decoding behind a cache against the one causal forward, and what the cache holds, in float64."""
+import math
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -231,12 +233,42 @@ def test_a_chunk_that_cuts_a_span(cut):
     ids, spans = torch.arange(20).view(2, 10), torch.tensor([[0, 0, 1, 1, 1, 1, 1, 0, 0, 0]] * 2)
     valid = torch.ones(2, 10, dtype=torch.bool)
     valid[:, 4] = False
-    for inputs in ({"ids": ids, "spans": spans}, {"ids": ids, "spans": spans, "valid": valid}):
+    for inputs in ({"ids": ids, "spans": spans}, {"ids": ids, "spans": spans, "valid": valid},
+                   {"ids": ids, "spans": spans * valid, "valid": valid}):
         if 2 < cut < 7:
             with pytest.raises(ValueError, match="a chunk cuts a bidirectional span: feed all its tokens in one call"):
                 feed(model, "t2i", inputs, [cut])
         else:
             feed(model, "t2i", inputs, [cut])
+
+
+def test_padding_goes_on_with_no_span():
+    """A row that has ended may be padded with anything, the span it ended in included."""
+    spans, valid = torch.tensor([[0, 1, 1, 0], [0, 1, 1, 1]]), torch.tensor([[True] * 4, [True] * 3 + [False]])
+    feed(build(tiny("showo"), one_plan(1, .5, 1)), "mmu", {"ids": torch.arange(8).view(2, 4), "spans": spans,
+                                                           "valid": valid}, [3])
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_rows_that_begin_late(backbone):
+    """A chunk that is the first of one row and the second of another: each token sees its own row's earlier ones."""
+    model = build(tiny(backbone), one_plan(1, 1, 1))
+    ids = torch.arange(10).view(2, 5)
+    valid = torch.tensor([[False, False, True, True, True], [True, True, True, False, False]])
+    logits, _, _ = feed(model, "mmu", {"ids": ids, "valid": valid}, [2])
+    full = model(ids, task="mmu", valid=valid, routing="causal").logits
+    torch.testing.assert_close(logits[valid], full[valid], **near)
+
+
+def test_a_cache_grows_by_halves():
+    """A row that needs more than the plan's capacity gets half as much again, up to max_length, not a slot at a time."""
+    model, sizes = build(tiny("emu3"), one_plan(.1, 1, 1)), []
+    model.router(0, "mmu").threshold_mmu.fill_(-math.inf)  # routes every token
+    cache = Cache(model, "mmu", 1, 40)
+    for i in range(40):
+        model(torch.tensor([[i % 30]]), task="mmu", routing="causal", cache=cache)
+        sizes.append(cache.layers[0].n_slot)
+    assert list(dict.fromkeys(sizes)) == [4, 6, 9, 13, 19, 28, 40]
 
 
 def test_what_is_stored_carries_no_gradient():

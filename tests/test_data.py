@@ -429,6 +429,9 @@ def test_command_line(tmp_path, packs, capsys):
     assert "4 pictures of 2 emoji" in out and f"python train_toy.py --images {folder}" in out
     with pytest.raises(SystemExit):
         data.main(["photos", str(folder)])
+    for arguments, message in ((["--count", "0"], "error: count >= 1"), (["--count", "1"], "error: .* holds other things")):
+        with pytest.raises(SystemExit, match=message):
+            data.main(["emoji", str(folder), *arguments])
 
 
 def test_written_emoji_load(tmp_path, packs, Image):

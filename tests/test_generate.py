@@ -180,6 +180,15 @@ def test_sampling_that_cannot_be(options):
         generate_image(model, tokens, "a", steps=0)
 
 
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("guidance", (-0.5, math.inf, math.nan))
+def test_guidance_that_cannot_be(backbone, guidance):
+    """A negative or an infinite guidance is a ValueError with the value, before anything is drawn."""
+    tokens, model = make(backbone)
+    with pytest.raises(ValueError, match=f"guidance must be finite and >= 0, got {guidance}"):
+        generate_image(model, tokens, "a", guidance=guidance)
+
+
 def test_guided():
     """Log-probabilities c + w (c - u), the conditional rows first; w = 0 is one stream, unchanged."""
     logits = torch.randn(6, 2, 5, dtype=torch.float64)

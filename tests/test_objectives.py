@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers import build, seeds, tiny
-from unimod_mini.objectives import cross_entropy, drop_prompts, mask_image_tokens, task_losses
+from unimod_mini import trainer
+from unimod_mini.objectives import Losses, cross_entropy, drop_prompts, mask_image_tokens, task_losses
 from unimod_mini.routers import Plan, predictor_loss
 from unimod_mini.tokenizer import IGNORE, Palette, Tokenizer, WordText
 
@@ -142,3 +143,28 @@ def test_task_losses(backbone):
     parts = [predictor_loss(out.routing[layer], batch.valid).item() for layer in (0, 2)]
     assert losses.predictor.item() == pytest.approx(sum(parts) / 2, rel=1e-5)
     assert task_losses(build(config), batch, "mmu").predictor.item() == 0
+
+
+def test_the_auxiliary_loss_has_its_weight():
+    """Under membership="router" the loss on the router's own score is that of the scores, weighted 0.1."""
+    tok = tokenizer("emu3")
+    batch = tok.mmu(["a"], ["b"], torch.zeros(1, *GRID, dtype=torch.long))
+    config = tiny("emu3", vocab_size=tok.vocab_size, image_start=tok.image_start, membership="router")
+    model = build(config, Plan({"mmu": (1, .5, 1)}), dtype=torch.float32)
+    routing = model(**batch.inputs(), task="mmu").routing[1]
+    assert torch.equal(routing.predictor, routing.scores)
+    assert task_losses(model, batch, "mmu").predictor.item() == pytest.approx(
+        0.1 * predictor_loss(routing, batch.valid).item(), rel=1e-5)
+
+
+def test_a_step_weighs_the_tasks(monkeypatch):
+    """t2i and mmu count 1 and lm 0.1 (Show-o); the predictors' loss is not weighted by task."""
+    model, ones = torch.nn.Linear(1, 1), dict.fromkeys(("t2i", "mmu", "lm"))
+    sizes = {"t2i": 3.0, "mmu": 5.0, "lm": 70.0}
+    monkeypatch.setattr(trainer, "task_losses", lambda model, _, task: Losses(sizes[task] * model.bias[0], model.weight[0, 0]))
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: None)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    before = [p.item() for p in model.parameters()]
+    trainer.train_step(model, [optimizer], ones, 0.5)
+    moved = [a - p.item() for a, p in zip(before, model.parameters())]
+    assert moved == pytest.approx([0.5 * 3, 0.5 * (3 + 5 + 7)], rel=1e-5)

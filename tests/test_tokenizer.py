@@ -171,7 +171,9 @@ def test_fit_with_more_codes_than_patches(n_codes):
     lambda p: p.encode(torch.zeros(1, 4, 4, 1).byte()), lambda p: p.encode(torch.zeros(0, 4, 4, 3).byte()),
     lambda p: p.decode(torch.tensor([[[3]]])), lambda p: p.decode(torch.tensor([[[-1]]])),
     lambda p: Palette(torch.zeros(3, 2, 2)), lambda p: Palette(torch.zeros(3, 2, 1, 3)),
-    lambda p: Palette.fit(torch.zeros(1, 3, 4, 3).byte())])
+    lambda p: Palette(torch.zeros(0, 2, 2, 3)),
+    lambda p: Palette.fit(torch.zeros(1, 3, 4, 3).byte()), lambda p: Palette.fit(torch.zeros(1, 4, 4, 3).byte(), 0),
+    lambda p: Palette.fit(torch.zeros(1, 4, 4, 3).byte(), patch=0)])
 def test_palette_errors(call):
     """Pictures of another dtype, shape or size, codes outside [0, n) and odd patches are ValueErrors."""
     tokens = palette(3, 2)

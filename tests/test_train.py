@@ -1,5 +1,6 @@
 """train_toy.py and what it stands on: flags, losses that fall, thresholds, checkpoints, evaluation, pictures."""
 import json
+from copy import deepcopy
 from dataclasses import replace
 from random import Random
 
@@ -7,11 +8,11 @@ import pytest
 import torch
 
 import train_toy as toy
-from unimod_mini import (METHODS, ModelConfig, Palette, Pictures, Plan, UnifiedTransformer, World, calibrate, count_flops,
-                         flops_ratio, generate_text, load_checkpoint, make_optimizers, plan_for_budget, predictor_report,
-                         save_checkpoint, train_step)
+from unimod_mini import (METHODS, ModelConfig, Palette, Pictures, Plan, UnifiedTransformer, WordText, World, arank_table,
+                         calibrate, count_flops, flops_ratio, generate_image, generate_text, load_checkpoint,
+                         make_optimizers, plan_for_budget, predictor_report, save_checkpoint, train_step)
 from unimod_mini.evaluate import ask_and_judge, blind_accuracy, by_category, draw_and_judge, share
-from unimod_mini.show import save_png, terminal
+from unimod_mini.show import kept_tokens, save_png, terminal
 from unimod_mini.objectives import IGNORE
 from unimod_mini.trainer import learning_rate, predicted_tokens
 
@@ -92,6 +93,37 @@ def test_calibrated_thresholds_realise_the_trained_capacity(backbone, dtype):
     assert 0.5 <= report["base_rate"] <= 1 and 0 <= report["accuracy"] <= 1
 
 
+def test_predictors_never_move_the_model():
+    """Whatever the predictors are, a training step leaves every other weight at the same bits: clipping included."""
+    _, _, sampler, config = setup("emu3")
+    one = UnifiedTransformer(config, Plan({"t2i": (0.5, 1), "mmu": (0.7, 0.3)}))
+    two, batches = deepcopy(one), sampler(4, 4)
+    for name, weight in two.named_parameters():
+        if ".predictor." in name:
+            weight.data.mul_(100)
+    for model in (one, two):
+        train_step(model, make_optimizers(model), batches, 1.0)
+    for (name, a), b in zip(one.named_parameters(), two.parameters()):
+        assert torch.equal(a, b) != (".predictor." in name), name
+
+
+@pytest.mark.parametrize("training", (False, True))
+def test_looking_at_a_model_does_not_change_its_mode(training):
+    """Drawing, answering, thresholds, reports and ARank run without dropout and leave a model training if it was."""
+    _, tokenizer, sampler, config = setup("showo", attention_dropout=0.5)
+    model, batches = UnifiedTransformer(config, Plan({"t2i": (0.5, 1), "mmu": (0.7, 1)})).train(training), sampler(1, 1)
+    modes = []
+    model.register_forward_hook(lambda *_: modes.append(model.training))
+    images = [generate_image(model, tokenizer, "a ring", steps=1) for _ in range(2)]
+    assert torch.equal(*images) and generate_text(model, tokenizer, images[0], "describe ?", max_tokens=1) is not None
+    calibrate(model, batches), predictor_report(model, batches), arank_table(model, batches)
+    kept_tokens(model, tokenizer, batches["mmu"], "mmu")
+    assert model.training == training and set(modes) == {False}
+    with pytest.raises(ValueError):
+        generate_image(model, tokenizer, "no such words")
+    assert model.training == training
+
+
 def test_learning_rate_warms_up_stays_and_falls():
     """0 < rate <= 1, flat in the middle, close to zero at the end of a decaying phase."""
     rates = [learning_rate(step, 100, warmup=10, decay=0.5) for step in range(100)]
@@ -130,6 +162,22 @@ def test_the_command_line_is_frozen():
     for bad in (["--backbone", "gpt"], ["--method", "moe"], ["--steps", "1"], ["--steps", "x"], ["--unknown"]):
         with pytest.raises(SystemExit):
             toy.parse(bad)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--device", "toaster"], "error: no device 'toaster' here: choose from"),
+    (["--images", "empty"], "error: empty: the folder is missing or empty"),
+    (["--images", "bad"], "error: .*metadata.jsonl, line 1: not JSON"),
+    (["--out", "bad/metadata.jsonl"], "error: .*File exists: 'bad/metadata.jsonl'"),
+])
+def test_what_cannot_be_trained_ends_in_one_line(tmp_path, monkeypatch, arguments, message):
+    """A device, pictures or a place for the results that are not there: one line names it, and nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir(), (tmp_path / "bad").mkdir(), (tmp_path / "bad" / "metadata.jsonl").write_text("{")
+    before = set(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit, match=message):
+        toy.main([*arguments])
+    assert set(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -179,7 +227,71 @@ def test_judges_say_right_for_right_and_wrong_for_wrong(monkeypatch):
         monkeypatch.setattr(evaluate, "generate_text", lambda *a, **k: answers)
         assert check(share(draw_and_judge(None, tokenizer, world, prompts)))
         assert check(share(ask_and_judge(None, tokenizer, questions, seen)))
+    for cut in (lambda answer: "", lambda answer: answer[:-1], lambda answer: answer + " and"):
+        monkeypatch.setattr(evaluate, "generate_text", lambda *a, **k: [cut(q.answer) for q in questions])
+        assert share(ask_and_judge(None, tokenizer, questions, seen)) == 0
     assert by_category([("a", True), ("a", False), ("b", True)]) == {"a": 0.5, "b": 1.0}
+
+
+class Recorder:
+    """A world that remembers what was sampled from it, and generators that get every plain picture and every plain
+    question on colours right, and of the held-out ones only the pictures."""
+
+    def __init__(self, world, tokenizer):
+        self.world, self.tokenizer, self.samples, self.options, self.codes, self.answers = world, tokenizer, [], [], [], []
+
+    def __getattr__(self, name):
+        return getattr(self.world, name)
+
+    def sample_t2i(self, n, rng, held_out=False):
+        prompts, codes = self.world.sample_t2i(n, rng, held_out)
+        self.samples.append(("t2i", held_out, [p.text for p in prompts]))
+        self.codes += codes.unbind()
+        return prompts, codes
+
+    def sample_mmu(self, n, rng, held_out=False):
+        questions, codes = self.world.sample_mmu(n, rng, held_out)
+        self.samples.append(("mmu", held_out, [q.text for q in questions]))
+        self.answers += [(q.answer if q.category == "color" and not held_out else "no", c) for q, c in zip(questions, codes)]
+        return questions, codes
+
+    def generate_image(self, model, tokenizer, prompts, **options):
+        self.options.append(options)
+        return tokenizer.image.decode(torch.stack([self.codes.pop(0) for _ in prompts]))
+
+    def generate_text(self, model, tokenizer, images, questions, **options):
+        self.options.append(options)
+        answers, codes = zip(*(self.answers.pop(0) for _ in questions))
+        assert torch.equal(tokenizer.image.encode(images), torch.stack(codes))
+        return list(answers)
+
+
+def test_evaluate_counts_what_came_back(monkeypatch):
+    """n scenes of each task, then n / 3 held-out ones, each judged once; the rule and the drawing options reach the
+    generators; every chunk of pictures has a seed of its own; the seed alone decides the scenes."""
+    import unimod_mini.evaluate as module
+    world, tokenizer, _, _ = setup("emu3")
+
+    def run(seed, routing="topk"):
+        record = Recorder(world, tokenizer)
+        monkeypatch.setattr(module, "generate_image", record.generate_image)
+        monkeypatch.setattr(module, "generate_text", record.generate_text)
+        return record, module.evaluate(None, tokenizer, record, routing, 168, seed, {"temperature": 0.3})
+
+    record, result = run(1)
+    assert [(task, held_out, len(texts)) for task, held_out, texts in record.samples] == [
+        ("t2i", False, 168), ("mmu", False, 168), ("t2i", True, 56), ("mmu", True, 56)]
+    drawn = [o for o in record.options if "seed" in o]
+    assert drawn == [{"routing": "topk", "temperature": 0.3, "seed": seed} for seed in (0, 84, 0)]
+    assert [o for o in record.options if "seed" not in o] == [{"routing": "topk"}] * 3
+    held = result["by_category"].pop("composition")
+    assert held["t2i"] == 1 and held["mmu"] < 0.2          # "no" is the right answer to some
+    assert result["composition"] == pytest.approx((1 + held["mmu"]) / 2, abs=1e-4)
+    assert set(result["by_category"]["t2i"].values()) == {1.0} and len(result["by_category"]["t2i"]) == 7
+    shares = result["by_category"]["mmu"]
+    assert len(shares) == 6 and shares.pop("color") == 1 and max(shares.values()) < 0.6
+    assert result["t2i_accuracy"] == 1 and result["mmu_accuracy"] == pytest.approx((1 + sum(shares.values())) / 6, abs=1e-3)
+    assert run(1, "causal")[0].samples == record.samples != run(2)[0].samples
 
 
 def test_blind_answers_are_far_from_enough():
@@ -197,6 +309,13 @@ def test_pictures_behave_like_a_world():
     assert not any(world.fits(p, [f"{p.text}x"]) for p in prompts)
     assert [[q.answer for q in turns] for turns in world.sample_dialogues(12, Random(0), 9)[0]] == [[p.text] for p in prompts]
     assert world.grid == (2, 2) and world.longest_text == 4 and {"b0", "describe", "?"} <= set(world.words)
+
+
+def test_blanks_in_captions_are_no_words():
+    """Answers are words with single blanks between them, so that a caption with more can be answered too."""
+    world = Pictures(torch.zeros(1, 8, 8, 3, dtype=torch.uint8), [" a  red\tcat "])
+    text, answer = WordText(world.words), world.sample_mmu(1, Random(0))[0][0].answer
+    assert text.decode(text.encode(answer)) == answer == "a red cat"
 
 
 def test_terminal_and_png_show_every_picture(tmp_path, monkeypatch):

@@ -61,6 +61,12 @@ def test_parameter_totals(name, total):
     (dict(n_head=5), "n_head=5 must divide d_model=32"),
     (dict(n_kv_head=3), "be a multiple of n_kv_head=3"),
     (dict(rope_fraction=0.4), "3 rotated dims a head, an even number is needed"),
+    (dict(n_head=0), r"sizes must be at least 1, got \{'n_head': 0\}"),
+    (dict(n_kv_head=0, n_layer=-1), r"sizes must be at least 1, got \{'n_layer': -1, 'n_kv_head': 0\}"),
+    (dict(d_ff=0), "sizes must be at least 1"),
+    (dict(rope_fraction=1.5), r"rope_fraction must lie in \[0, 1\] and attention_dropout in \[0, 1\), got 1.5, 0.0"),
+    (dict(rope_fraction=-1.0), "rope_fraction must lie in"),
+    (dict(attention_dropout=1.0), r"attention_dropout in \[0, 1\), got 0.5, 1.0"),
 ])
 def test_config_rejects(changes, message):
     """A config that cannot be built is a ValueError that names the field."""
@@ -286,6 +292,13 @@ def test_fresh_gates_with_padding(backbone, padding, spans, length, seed):
     inputs = call(parent.config, 3, length, seed, padding, spans)
     child, ok = parent.with_plan(routed(ALMOST, ALMOST, 1)), inputs["valid"]
     torch.testing.assert_close(child(**inputs).logits[ok], parent(**inputs).logits[ok], **near)
+
+
+@pytest.mark.parametrize("training", (False, True))
+def test_with_plan_keeps_the_mode(training):
+    """A copy of an evaluated model is one: its dropout is off."""
+    parent = UnifiedTransformer(tiny("emu3", attention_dropout=0.5)).train(training)
+    assert {module.training for module in parent.with_plan(routed(.5, .5, 1)).modules()} == {training}
 
 
 def test_with_plan_copies_the_weights():

@@ -74,7 +74,7 @@ class LayerCache:
         M, S, row, N = int(column.max()) + 1, max(self.counts), self.row, q.shape[2]
         grid = q.new_zeros(len(self.counts), M, *q.shape[1::2])                             # (B, M, H, d)
         grid[row, column] = q[0].transpose(0, 1)
-        plain = N == S * len(self.counts) and M == S and self.new_spans is None             # a first chunk, no padding
+        plain = N == S * len(self.counts) and self.new_spans is None                        # a first chunk, no padding
         y = attend(grid.transpose(1, 2), self.k[:, :, :S], self.v[:, :, :S],
                    None if plain else self.mask(slot, column, M, S), causal=plain)          # (B, H, M, d)
         return y.transpose(1, 2)[row, column].transpose(0, 1)[None]

@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import tarfile
 import tempfile
 from pathlib import Path
@@ -48,6 +49,7 @@ class Pictures:
     held_out = ()
 
     def __init__(self, images, captions, n_codes=256, patch=4):
+        captions = [" ".join(caption.split()) for caption in captions]  # as WordText.decode writes them
         self.captions, palette = captions, Palette.fit(images, n_codes, patch)
         self.patches, self.codes = palette.patches, palette.encode(images)
         self.drawn = palette.decode(self.codes)  # the pictures as the palette can show them
@@ -212,7 +214,10 @@ def main(argv=None):
     parser.add_argument("folder", help="a new or an empty folder")
     parser.add_argument("--count", type=int, default=200, help="emoji, each in two styles (200)")
     args = parser.parse_args(argv)
-    total = fetch_emoji(args.folder, args.count)
+    try:
+        total = fetch_emoji(args.folder, args.count)
+    except (OSError, ValueError, RuntimeError, subprocess.CalledProcessError) as error:
+        sys.exit(f"error: {error}")
     print(f"{args.folder}: {total} pictures of {args.count} emoji, {METADATA} and NOTICE (credits)")
     print(f"next: python train_toy.py --images {args.folder}")
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .cache import Cache
 from .tokenizer import Batch, Tokenizer
-from .transformer import UnifiedTransformer
+from .transformer import UnifiedTransformer, inference
 
 CHOICE_NOISE = 4.5   # of draw_parallel
 
@@ -79,12 +79,14 @@ def sample(logits: Tensor, temperature: float, generator: torch.Generator | None
     return ids.gather(1, drawn).squeeze(1).to(logits.device)
 
 
-def check_sampling(temperature: float, top_k: int | None = None, top_p: float = 1.0) -> None:
+def check_sampling(temperature: float, top_k: int | None = None, top_p: float = 1.0, guidance: float = 0.0) -> None:
+    if not 0 <= guidance < math.inf:
+        raise ValueError(f"guidance must be finite and >= 0, got {guidance}")
     if not 0 <= temperature < math.inf or not 0 < top_p <= 1 or (top_k is not None and top_k < 1):
         raise ValueError(f"temperature must be finite and >= 0, top_k >= 1 and top_p in (0, 1], got {temperature}, {top_k}, {top_p}")
 
 
-@torch.no_grad()
+@inference
 def generate_text(model: UnifiedTransformer, tokenizer: Tokenizer, image: Tensor, question, routing: str = "causal",
                   temperature: float = 0.0, max_tokens: int | None = None, seed: int = 0, top_k: int | None = None,
                   top_p: float = 1.0, stop: tuple = ()):
@@ -98,7 +100,6 @@ def generate_text(model: UnifiedTransformer, tokenizer: Tokenizer, image: Tensor
     images, questions = (image[None], [question]) if single else (image, list(question))
     if len(images) != len(questions) or not questions:
         raise ValueError(f"generate_text: {len(images)} images for {len(questions)} questions, one each is needed")
-    model.eval()
     device = next(model.parameters()).device
     picture = tokenizer.image_ids(tokenizer.image.encode(images)).tolist()
     ids, valid = left_pad([tokenizer.mmu_prompt(q, p) for q, p in zip(questions, picture)], tokenizer.pad, device)
@@ -125,19 +126,18 @@ def generate_text(model: UnifiedTransformer, tokenizer: Tokenizer, image: Tensor
     return texts[0] if single else texts
 
 
-@torch.no_grad()
+@inference
 def generate_image(model: UnifiedTransformer, tokenizer: Tokenizer, prompt, routing: str = "causal",
                    temperature: float = 1.0, guidance: float = 0.0, steps: int = 12, seed: int = 0) -> Tensor:
     """Draw pictures from captions: uint8 (H, W, 3) for a str, (B, H, W, 3) for a list of str.
 
     guidance w > 0 pushes away from the picture without a caption: c + w (c - u). steps: of Show-o's parallel decoding.
     """
-    check_sampling(temperature)
+    check_sampling(temperature, guidance=guidance)
     single = isinstance(prompt, str)
     prompts = [prompt] if single else list(prompt)
     if steps < 1 or not prompts:
         raise ValueError(f"generate_image: steps and prompts must be at least 1, got {steps} and {len(prompts)}")
-    model.eval()
     generator = torch.Generator().manual_seed(seed)
     draw = draw_parallel if tokenizer.backbone == "showo" else draw_by_row
     codes = draw(model, tokenizer, prompts, routing, temperature, guidance, steps, generator)

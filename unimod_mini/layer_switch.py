@@ -23,7 +23,7 @@ from torch import Tensor
 from .flops import flops_ratio
 from .routers import Plan
 from .tokenizer import Batch
-from .transformer import ModelConfig, UnifiedTransformer
+from .transformer import ModelConfig, UnifiedTransformer, inference
 
 
 def rank_of(singular: Tensor, measure: str, tolerance: float) -> Tensor:
@@ -36,12 +36,10 @@ def rank_of(singular: Tensor, measure: str, tolerance: float) -> Tensor:
     raise ValueError(f'layer_switch: measure must be "rank" or "energy", got {measure!r}')
 
 
-@torch.no_grad()
+@inference
 def arank(model: UnifiedTransformer, batch: Batch, task: str, measure: str = "energy",
           tolerance: float = 0.1) -> Tensor:
     """(L,) float: ARank of every layer divided by the sequence's valid tokens, in (0, 1]."""
-    training = model.training
-    model.eval()                                           # attention dropout would make the ranks random
     ids, spans, valid = batch.ids, batch.spans, batch.valid
     context = model.context(ids, None, spans, valid)
     valid = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
@@ -53,7 +51,6 @@ def arank(model: UnifiedTransformer, batch: Batch, task: str, measure: str = "en
         ranks = rank_of(torch.linalg.svdvals(q @ k.mT), measure, tolerance)  # (B, H)
         rows.append((ranks.mean(1) / valid.sum(1)).mean())
         x, _ = model.layer(layer, x, task, context, "topk")
-    model.train(training)
     return torch.stack(rows)
 
 

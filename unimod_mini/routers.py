@@ -142,7 +142,10 @@ def tie_order(batch: int, length: int, valid: Tensor | None, device, before: Ten
 
 
 def descending_rank(scores: Tensor, order: Tensor, eligible: Tensor | None = None) -> Tensor:
-    """(B, T) long: 0 for the best score, 1 for the next ..; NaN counts as the worst, ineligible tokens come last."""
+    """(B, T) long: 0 for the best score, 1 for the next ..; NaN counts as the worst, ineligible tokens come last.
+
+    Compared as float32, so that the rounding noise of equal tokens in a float64 model is a tie.
+    """
     scores = torch.nan_to_num(scores.detach().float(), nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     ranked = order.gather(1, scores.gather(1, order).argsort(dim=1, descending=True, stable=True))
     if eligible is not None:

@@ -9,6 +9,8 @@ import textwrap
 import torch
 from torch import Tensor
 
+from .transformer import inference
+
 DIM = 0.2        # what is left of a skipped patch's contrast to white
 
 
@@ -86,14 +88,14 @@ def read_png(path, height: int, width: int) -> Tensor:
     return pixels[k // 2::k, k // 2::k].contiguous()
 
 
-@torch.no_grad()
+@inference
 def kept_tokens(model, tokenizer, batch, task: str, routing: str = "causal") -> tuple[Tensor, list, list]:
     """Which tokens of the one sequence in `batch` each routed layer kept.
 
     Returns the image with the skipped patches faded, (layers, H, W, 3) uint8; a label a layer; and for each layer the
     text with the kept words in [brackets].
     """
-    out = model.eval()(**batch.inputs(), task=task, routing=routing)
+    out = model(**batch.inputs(), task=task, routing=routing)
     ids, pictures, labels, texts = batch.ids[0], [], [], []
     is_code = (ids >= tokenizer.image_start) & (ids < tokenizer.image_end)
     codes = (ids[is_code] - tokenizer.image_start).view(1, *tokenizer.grid).cpu()

@@ -60,9 +60,10 @@ class Palette:
 
     def __init__(self, patches):
         self.patches = torch.as_tensor(patches, dtype=torch.uint8)
-        if self.patches.dim() != 4 or self.patches.shape[1] != self.patches.shape[2] or self.patches.shape[3] != 3:
-            raise ValueError(f"Palette: patches must be (n, p, p, 3), got {tuple(self.patches.shape)}")
-        self.n_codes, self.patch = self.patches.shape[:2]
+        shape = self.patches.shape
+        if len(shape) != 4 or 0 in shape or shape[1] != shape[2] or shape[3] != 3:
+            raise ValueError(f"Palette: patches must be (n, p, p, 3), got {tuple(shape)}")
+        self.n_codes, self.patch = shape[:2]
 
     def encode(self, images: Tensor) -> Tensor:
         """images uint8 (B, H, W, 3) -> codes long (B, H/p, W/p). ValueError when H or W is no multiple of p."""
@@ -77,7 +78,12 @@ class Palette:
 
     @classmethod
     def fit(cls, images: Tensor, n_codes: int = 256, patch: int = 2, rounds: int = 10, seed: int = 0) -> "Palette":
-        """k-means on the patches of real images (uint8 (B, H, W, 3)); empty clusters restart at random patches."""
+        """k-means on the patches of real images (uint8 (B, H, W, 3)); empty clusters restart at random patches.
+
+        ValueError for n_codes or patch below 1, and for images that do not divide into patches.
+        """
+        if n_codes < 1 or patch < 1:
+            raise ValueError(f"Palette.fit: n_codes and patch must be at least 1, got {n_codes} and {patch}")
         vectors = cut_patches(images, patch).flatten(0, 2)                   # (M, 3 p p)
         generator = torch.Generator().manual_seed(seed)
         vectors = vectors[torch.randperm(len(vectors), generator=generator)[:50_000]]

@@ -12,7 +12,7 @@ from torch import nn
 
 from .objectives import TASK_WEIGHTS, task_losses
 from .routers import Plan
-from .transformer import ModelConfig, UnifiedTransformer
+from .transformer import ModelConfig, UnifiedTransformer, inference
 
 
 def find_device(name: str | None = None) -> torch.device:
@@ -100,7 +100,8 @@ def train_step(model, optimizers, batches: dict, factor: float) -> dict:
     losses = {task: task_losses(model, batch, task) for task, batch in batches.items()}
     total = sum(TASK_WEIGHTS[task] * loss.task + loss.predictor for task, loss in losses.items())
     total.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    # predictors apart: in one norm with the others, their loss would scale the model's gradient
+    nn.utils.clip_grad_norm_([p for name, p in model.named_parameters() if ".predictor." not in name], 1.0)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = factor * group.setdefault("peak_lr", group["lr"])
@@ -119,7 +120,7 @@ def predicted_tokens(batch, task: str) -> torch.Tensor:
     return valid & (batch.spans == 0) if task == "t2i" and batch.spans is not None else valid
 
 
-@torch.no_grad()
+@inference
 def calibrate(model: UnifiedTransformer, batches: dict) -> None:
     """Set every threshold so that, on these batches ({task: Batch}), causal routing keeps as many tokens as top-k.
 
@@ -128,7 +129,6 @@ def calibrate(model: UnifiedTransformer, batches: dict) -> None:
     that inference will use: another one may flip the few tokens that lie close. ValueError for scores that are not
     finite.
     """
-    model.eval()
     for task, batch in batches.items():
         asked = predicted_tokens(batch, task)
         topk = model(**batch.inputs(), task=task).routing
@@ -149,14 +149,13 @@ def calibrate(model: UnifiedTransformer, batches: dict) -> None:
                 threshold.copy_(edges[best])
 
 
-@torch.no_grad()
+@inference
 def predictor_report(model: UnifiedTransformer, batches: dict) -> dict:
     """How well membership is predicted: means over the routed layers and tasks, and every one of them in "by_layer".
 
     accuracy against top-k membership beside its base rate (always giving the commoner answer), precision and recall of
     "kept", and the share of tokens kept by top-k (capacity_trained) and by causal routing (capacity_realised).
     """
-    model.eval()
     rows = []
     for task, batch in batches.items():
         asked = predicted_tokens(batch, task)

@@ -12,6 +12,7 @@ Legend: B batch, T tokens, K kept tokens, D width, H heads, G key/value heads, d
 """
 
 from dataclasses import dataclass, replace
+from functools import wraps
 from typing import NamedTuple
 
 import torch
@@ -49,6 +50,12 @@ class ModelConfig:
         if self.membership not in MEMBERSHIP_WEIGHT:
             raise ValueError(f"ModelConfig: membership must be one of {', '.join(MEMBERSHIP_WEIGHT)}, got "
                              f"{self.membership!r}")
+        sizes = ("n_layer", "n_head", "n_kv_head", "d_model", "d_ff", "vocab_size", "max_length")
+        if small := {name: getattr(self, name) for name in sizes if getattr(self, name) < 1}:
+            raise ValueError(f"ModelConfig: sizes must be at least 1, got {small}")
+        if not (0 <= self.rope_fraction <= 1 and 0 <= self.attention_dropout < 1):
+            raise ValueError(f"ModelConfig: rope_fraction must lie in [0, 1] and attention_dropout in [0, 1), got "
+                             f"{self.rope_fraction}, {self.attention_dropout}")
         if self.d_model % self.n_head or self.n_head % self.n_kv_head:
             raise ValueError(f"ModelConfig: n_head={self.n_head} must divide d_model={self.d_model} and be a multiple "
                              f"of n_kv_head={self.n_kv_head}")
@@ -224,6 +231,19 @@ class Output(NamedTuple):
     routing: list                  # a Routing for each routed layer, None for a dense or a skipped one
 
 
+def inference(function):
+    """Decorates function(model, ..): without gradients or dropout; afterwards the model trains on if it did before."""
+    @wraps(function)
+    def run(model, *args, **options):
+        training = model.training
+        try:
+            with torch.no_grad():
+                return function(model.eval(), *args, **options)
+        finally:
+            model.train(training)
+    return run
+
+
 class UnifiedTransformer(nn.Module):
     """model(ids, task) -> Output. plan=None: every layer dense. Weights are float32 unless converted."""
 
@@ -265,6 +285,7 @@ class UnifiedTransformer(nn.Module):
         """A copy with this plan's (fresh) routers and, bit for bit, this model's other weights."""
         weight = self.embed.weight
         copy = UnifiedTransformer(replace(self.config, **changes), plan).to(weight.device, weight.dtype)
+        copy.train(self.training)
         own = {name: weight for name, weight in self.state_dict().items() if not name.startswith("routers.")}
         missing, unexpected = copy.load_state_dict(own, strict=False)
         assert not unexpected and all(name.startswith("routers.") for name in missing)
