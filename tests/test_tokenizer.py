@@ -411,19 +411,53 @@ def test_emu3_needs_words_for_its_header():
 
 @pytest.mark.parametrize("backbone", ("showo", "emu3"))
 @pytest.mark.parametrize("text", (ByteText(), WordText("a b c 2*2 USER: ASSISTANT:".split())))
-def test_a_tokenizer_comes_back_from_its_state(backbone, text, tmp_path):
-    """state() survives torch.save with weights_only, and from_state gives the same sequences to the last id."""
-    image = Palette(torch.randint(256, (5, 2, 2, 3), dtype=torch.uint8))
-    one = Tokenizer(backbone, text, image, (2, 2), 9, "USER:", "ASSISTANT:")
+@pytest.mark.parametrize("codec", ("palette", "nearest", "lfq"))
+def test_a_tokenizer_comes_back_from_its_state(backbone, text, codec, tmp_path):
+    """state() survives torch.save with weights_only, and from_state gives the same sequences to the last id and the
+    same codes and pictures, without touching the global generator."""
+    patches = torch.randint(256, (5, 2, 2, 3), dtype=torch.uint8)
+    image = Palette(patches) if codec == "palette" else VQ(8, patch=2, width=4, quantizer=codec)
+    one = Tokenizer(backbone, text, image, (2, 2), 20, "USER:", "ASSISTANT:")
     torch.save(one.state(), tmp_path / "t.pt")
+    before = torch.get_rng_state()
     two = Tokenizer.from_state(torch.load(tmp_path / "t.pt", weights_only=True))
+    assert torch.equal(torch.get_rng_state(), before)
     codes = torch.tensor([[[0, 1], [2, 4]]])
     for a, b in zip(one.t2i(["a b"], codes) + one.mmu(["a"], ["c"], codes), two.t2i(["a b"], codes) + two.mmu(["a"], ["c"], codes)):
         assert a is b is None or torch.equal(a, b)
+    pictures = torch.randint(256, (3, 4, 4, 3), dtype=torch.uint8)
     assert torch.equal(two.image.decode(codes), image.decode(codes)) and two.vocab_size == one.vocab_size
+    assert torch.equal(two.image.encode(pictures), image.encode(pictures))
 
 
-def test_a_trained_codec_is_no_plain_data():
-    """A codec with weights of its own cannot be stored this way: a ValueError names it."""
-    with pytest.raises(ValueError, match="not WordText with VQ: save its weights apart"):
-        Tokenizer("emu3", WordText(["2*2"]), VQ(), (2, 2), 5).state()
+def test_a_state_is_a_copy():
+    """Training a VQ further does not reach into a state that was taken before."""
+    tokenizer = Tokenizer("showo", ByteText(), VQ(8, patch=2, width=4), (2, 2), 20)
+    state = tokenizer.state()
+    before = {name: x.clone() for name, x in state["vq"]["weights"].items()}
+    with torch.no_grad():
+        for weight in tokenizer.image.parameters():
+            weight.add_(1)
+    assert before and all(torch.equal(x, state["vq"]["weights"][name]) for name, x in before.items())
+
+
+def test_a_foreign_codec_cannot_be_stored():
+    """A codec that is not of this package cannot be stored: a ValueError names it."""
+    with pytest.raises(ValueError, match="not WordText with Codes: save its weights apart"):
+        Tokenizer("emu3", WordText(["2*2"]), Codes(5), (2, 2), 5).state()
+
+
+@pytest.mark.parametrize("backbone", ("showo", "emu3"))
+@given(budget=st.integers(3, 9), data=st.data())
+def test_room_is_what_the_layouts_take(backbone, budget, data):
+    """A sample of room(task) text ids is laid out, question and answer in any proportion; one more is refused."""
+    words = WordText("a b 2*2 USER: ASSISTANT:".split())
+    tokenizer = Tokenizer(backbone, words, Codes(5), (2, 2), budget, "USER:", "ASSISTANT:")
+    for task in ("t2i", "mmu", "lm"):
+        room = tokenizer.room(task)
+        asked = data.draw(st.integers(0, room)) if task == "mmu" else room
+        lay_out = {"t2i": lambda q, a: tokenizer.t2i(["a " * q], PICTURE), "lm": lambda q, a: tokenizer.lm(["a " * q]),
+                   "mmu": lambda q, a: tokenizer.mmu(["a " * q], ["b " * a], PICTURE)}[task]
+        assert lay_out(asked, room - asked).ids.shape == (1, tokenizer.length(task))
+        with pytest.raises(ValueError, match="over the budget"):
+            lay_out(asked + 1, room - asked)

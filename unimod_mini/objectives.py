@@ -31,18 +31,27 @@ def drop_prompts(captions: list, rate: float, rng: Random) -> list:
     return ["" if rng.random() < rate else caption for caption in captions]
 
 
-def mask_image_tokens(batch: Batch, tokenizer: Tokenizer, generator: torch.Generator) -> Batch:
+def mask_image_tokens(batch: Batch, tokenizer: Tokenizer, generator) -> Batch:
     """Masked diffusion: hides round(N cos(pi u / 2)) codes of every picture, u ~ U(0, 1), at least one.
 
-    The hidden codes are replaced by the mask id and are the only labels left.
+    The hidden codes are replaced by the mask id and are the only labels left. generator: a torch.Generator, or a list
+    of them, one a row, which makes every row independent of the batch that it is in.
     """
     is_code = batch.labels != IGNORE                                          # (B, T)
-    u = torch.rand(len(is_code), 1, generator=generator)
+    u = uniform(len(is_code), 1, generator)
     n_mask = (tokenizer.n_image * torch.cos(math.pi * u / 2)).round().clamp(min=1)
-    noise = torch.rand(is_code.shape, generator=generator).masked_fill(~is_code, 2.0)
-    hidden = noise.argsort(1).argsort(1) < n_mask                             # the n_mask smallest of each row
+    noise = uniform(*is_code.shape, generator).masked_fill(~is_code, 2.0)
+    rank = noise.argsort(dim=1, stable=True).argsort(1)                       # stable: ties, too, whatever the batch
+    hidden = rank < n_mask                                                    # the n_mask smallest of each row
     return batch._replace(ids=batch.ids.masked_fill(hidden, tokenizer.mask_id),
                           labels=batch.labels.masked_fill(~hidden, IGNORE))
+
+
+def uniform(rows: int, columns: int, generator) -> Tensor:
+    """(rows, columns) of U(0, 1), from one generator or from a list of one a row."""
+    if isinstance(generator, torch.Generator):
+        return torch.rand(rows, columns, generator=generator)
+    return torch.cat([torch.rand(1, columns, generator=own) for own in generator])
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

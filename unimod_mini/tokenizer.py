@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .vq import VQ
+
 IGNORE = -100
 SPECIAL = {"showo": ("[PAD]", "soi", "eoi", "sov", "eov", "t2i", "mmu", "t2v", "v2v", "lvg"),
            "emu3": ("[PAD]", "BOS", "EOS", "boi", "img", "EOL", "EOF", "eoi")}
@@ -150,21 +152,30 @@ class Tokenizer:
         self.eot = self.special["eot" if backbone == "showo" else "EOS"]     # ends an answer
 
     def state(self) -> dict:
-        """Plain data from which `from_state` makes this tokenizer again, for checkpoints. ValueError for a codec that
-        is not plain data (a trained one has its own weights to save)."""
-        if not isinstance(self.text, (WordText, ByteText)) or not isinstance(self.image, Palette):
-            raise ValueError(f"only WordText or ByteText with Palette can be stored, not {type(self.text).__name__} with "
-                             f"{type(self.image).__name__}: save its weights apart")
-        return {"backbone": self.backbone, "words": getattr(self.text, "words", None), "patches": self.image.patches,
-                "grid": list(self.grid), "text_length": self.text_length, "system": self.system,
-                "assistant": self.assistant}
+        """Plain data and tensors from which `from_state` makes this tokenizer again, for checkpoints and data sets.
+        ValueError for a codec that is none of WordText, ByteText, Palette and VQ."""
+        vq = isinstance(self.image, VQ)
+        if not isinstance(self.text, (WordText, ByteText)) or not (vq or isinstance(self.image, Palette)):
+            raise ValueError(f"only WordText or ByteText with Palette or VQ can be stored, not {type(self.text).__name__} "
+                             f"with {type(self.image).__name__}: save its weights apart")
+        weights = {name: x.detach().cpu().clone() for name, x in self.image.state_dict().items()} if vq else None
+        return {"backbone": self.backbone, "words": getattr(self.text, "words", None), "grid": list(self.grid),
+                "text_length": self.text_length, "system": self.system, "assistant": self.assistant,
+                "patches": None if vq else self.image.patches,
+                "vq": {"config": self.image.config(), "weights": weights} if vq else None}
 
     @classmethod
     def from_state(cls, state: dict) -> "Tokenizer":
-        """The tokenizer that `state` describes."""
+        """The tokenizer that `state` describes; the global generator is left as it was."""
         text = ByteText() if state["words"] is None else WordText(state["words"])
-        return cls(state["backbone"], text, Palette(state["patches"]), tuple(state["grid"]), state["text_length"],
-                   state["system"], state["assistant"])
+        if stored := state.get("vq"):                                        # absent from older checkpoints
+            with torch.random.fork_rng(devices=[]):
+                image = VQ(**stored["config"]).eval()
+            image.load_state_dict(stored["weights"])
+        else:
+            image = Palette(state["patches"])
+        return cls(state["backbone"], text, image, tuple(state["grid"]), state["text_length"], state["system"],
+                   state["assistant"])
 
     @property
     def n_image(self) -> int:
@@ -300,6 +311,11 @@ class Tokenizer:
         image = len(self.image_header()) + len(self.image_footer()) + self.grid[0] * (self.grid[1] + 1)
         return {"t2i": self.text_length + image + 2, "mmu": self.mmu_overhead() + self.text_length,
                 "lm": self.text_length + 2}[task]
+
+    def room(self, task: str) -> int:
+        """How many text ids a sample of a task may have, question and answer together."""
+        ends = {"t2i": 2, "mmu": 2} if self.backbone == "showo" else {"t2i": 0, "mmu": 1}    # sot, eot; EOS
+        return self.length("lm") - 2 if task == "lm" else self.text_length - ends[task]
 
     def pad_rows(self, rows: list, length: int, left: bool = False) -> tuple[Tensor, Tensor]:
         """Lists of ids -> ids (B, length) and valid (B, length) bool."""
