@@ -76,11 +76,18 @@ def total(numbers: Tensor) -> Tensor:
 
 
 def from_first(make):
-    """make() as the first rank returns it, on every rank; the others do not call it. Plain Python data alone."""
+    """make() as the first rank returns it, or raises it, on every rank; the others do not call it. Plain data alone."""
     if not dist.is_initialized():
         return make()
-    box = [make() if dist.get_rank() == 0 else None]
+    box = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = make()
+        except Exception as error:
+            box[1] = error
     dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise box[1]
     return box[0]
 
 

@@ -93,7 +93,7 @@ def make_optimizers(model: nn.Module, lr: float = 0.02, lr_rest: float = 3e-3, *
     hidden = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
     ids = {id(p) for p in hidden}
     rest = [p for p in model.parameters() if id(p) not in ids]
-    return [Muon(hidden, lr), torch.optim.AdamW(rest, **{"lr": lr_rest, "betas": (0.9, 0.99), "weight_decay": 0.01, **adamw})]
+    return [Muon(hidden, lr), torch.optim.AdamW(rest, lr=lr_rest, **{"betas": (0.9, 0.99), "weight_decay": 0.01, **adamw})]
 
 
 def learning_rate(step: int, steps: int, warmup: int = 20, decay: float = 0.0) -> float:
