@@ -14,28 +14,46 @@ import signal
 import sys
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from unimod_mini import (METHODS, ModelConfig, Plan, UnifiedTransformer, arank_table, calibrate, checkpoints, generate_image,
-                         generate_text, load_checkpoint, plan_for_budget, save_checkpoint)
-from unimod_mini.distributed import Ranks, from_first, join, total
-from unimod_mini.flops import batch_flops, peak_flops
-from unimod_mini.journal import Clock, Journal, line, memory_gb
+from unimod_mini import (METHODS, ModelConfig, Plan, UnifiedTransformer, arank_table, calibrate, checkpoints, load_checkpoint,
+                         plan_for_budget, save_checkpoint)
+from unimod_mini.distributed import Ranks, from_first, join
+from unimod_mini.flops import flops_ratio
+from unimod_mini.journal import Clock, Journal, figures, line, samples
 from unimod_mini.objectives import TASK_WEIGHTS
 from unimod_mini.run import Run, share_out, to_device
-from unimod_mini.settings import listing, nearest, overrides
+from unimod_mini.settings import help_of, listing, nearest, overrides
 from unimod_mini.shards import HEADER, Loader, Shards
-from unimod_mini.show import save_png
 from unimod_mini.trainer import find_device, precision
 from unimod_mini.transformer import PRESETS as PUBLISHED
 
 # --------------------------------------------------------------------------------------------------------------
 # Settings
 # --------------------------------------------------------------------------------------------------------------
+
+# layers, heads, key/value heads of emu3, width; and what goes with them. MLP: 4 D for showo, 3 D (gated) for emu3.
+PRESETS = {
+    "tiny": ((2, 2, 1, 32), {"steps": 20, "warmup": 5, "lr": 3e-3, "eval_samples": 16}),             # tests
+    "laptop": ((8, 4, 2, 128), {"t2i": 16, "mmu": 16, "lr": 2e-3, "weight_decay": 0.01}),            # 2 M, a CPU
+    "base": ((12, 10, 5, 640), {"t2i": 64, "mmu": 64, "steps": 10000, "warmup": 500, "lr": 6e-4}),   # 59 M, one GPU
+}
+CHOICES = {"preset": (*PRESETS, *PUBLISHED), "method": METHODS, "optimizer": ("adamw", "muon"), "decay": ("cosine", "linear"),
+           "parallel": ("ddp", "fsdp"), "resume": ("no", "auto")}
+RANGES = {**dict.fromkeys(("steps", "accumulate", "warmup", "log_every", "eval_every", "eval_samples", "sample_every",
+                           "save_every", "keep"), (1, math.inf)),
+          **dict.fromkeys(("lr", "muon_lr", "clip", "timeout"), (1e-12, 1e12)), "budget": (0.01, 1), "dense": (0, 1),
+          "drop": (0, 1), "ema": (0, 0.99999), **dict.fromkeys(("t2i", "mmu", "lm", "weight_decay"), (0, math.inf))}
+FREE = {"out", "data", "resume", "steps", "parallel", "accumulate", "compile", "activation_checkpointing", "device", "timeout",
+        "log_every", "eval_every", "eval_samples", "sample_every", "save_every", "keep"}   # may change when a run goes on
+SWITCH = {"t2i": 20, "mmu": 50, "lm": 20}                  # samples that ARank is measured on (the paper's numbers)
+DRAWING = {"temperature": 1.0, "guidance": 1.0, "steps": 16}
+SHOWN, CALIBRATION, PATIENCE = 4, 32, 5                    # samples on a sheet; for thresholds; skipped steps in a row
 
 
 @dataclass(frozen=True)
@@ -45,7 +63,7 @@ class Config:
     preset: str = "laptop"         # sizes, with their settings: tiny, laptop, base, or a name of ModelConfig.preset
     init: str = ""                 # begin with the weights of this model.pt or checkpoint.pt of train_toy.py
     plan: str = ""                 # UniMoD with this plan from the first step; "": dense, then the layer switch
-    resume: str = "no"             # "auto": go on from the newest whole checkpoint of --out, if there is any
+    resume: str = "no"             # or auto: go on from the newest whole checkpoint of --out, if there is any
     steps: int = 2000              # of both stages together
     dense: float = 0.67            # share of the steps before the layer switch; 1: dense to the end
     method: str = "unimod"         # the plan that the layer switch makes (layer_switch.METHODS)
@@ -78,44 +96,23 @@ class Config:
 
     def __post_init__(self):
         """ValueError for a value that nothing can be done with, naming the setting."""
-        sizes = ("tiny", "laptop", "base", *PUBLISHED)
-        for name, choices in {"preset": sizes, "method": METHODS, "optimizer": ("adamw", "muon"), "parallel": ("ddp", "fsdp"),
-                              "decay": ("cosine", "linear"), "resume": ("no", "auto")}.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"--{name} {getattr(self, name)}" + nearest(getattr(self, name), choices))
-        for name in ("steps", "accumulate", "warmup", "log_every", "eval_every", "eval_samples", "sample_every", "save_every",
-                     "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        for name, low, high in (("dense", 0, 1), ("drop", 0, 1), ("ema", 0, 0.99999)):
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"--{name} must lie in [{low}, {high}], got {getattr(self, name)}")
-        for name in ("lr", "muon_lr", "clip", "timeout", "budget"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {getattr(self, name)}")
+        for name, value in asdict(self).items():
+            key, low, high = f"--{name.replace('_', '-')}", *RANGES.get(name, (-math.inf, math.inf))
+            if name in CHOICES and value not in CHOICES[name]:
+                raise ValueError(f"{key} {value}" + nearest(value, CHOICES[name]))
+            if name not in CHOICES and isinstance(value, (int, float)) and not low <= value <= high:
+                raise ValueError(f"{key} {value}: expected {low} to {high}" if high < math.inf else
+                                 f"{key} {value}: expected {low} or more")
         if self.optimizer == "muon" and self.parallel == "fsdp":
             raise ValueError("--optimizer muon needs whole matrices, --parallel fsdp shards them: use adamw, or ddp")
-
-
-FREE = {"out", "data", "resume", "steps", "parallel", "accumulate", "compile", "activation_checkpointing", "device", "timeout",
-        "log_every", "eval_every", "eval_samples", "sample_every", "save_every", "keep"}   # may change when a run goes on
-
-# layers, heads, key/value heads of emu3, width; and what goes with them. MLP: 4 D for showo, 3 D (gated) for emu3.
-PRESETS = {
-    "tiny": ((2, 2, 1, 32), {"steps": 20, "warmup": 5, "lr": 3e-3, "eval_samples": 16}),             # tests
-    "laptop": ((8, 4, 2, 128), {"t2i": 16, "mmu": 16, "lr": 2e-3, "weight_decay": 0.01}),            # an hour on a CPU
-    "base": ((12, 10, 5, 640), {"t2i": 64, "mmu": 64, "steps": 10000, "warmup": 500, "lr": 6e-4}),    # 59 M, one GPU
-}
-SWITCH = {"t2i": 20, "mmu": 50, "lm": 20}                  # samples that ARank is measured on (the paper's numbers)
-DRAWING = {"temperature": 1.0, "guidance": 1.0, "steps": 16}
-SHOWN, CALIBRATION, PATIENCE = 4, 32, 5                    # samples on a sheet; for thresholds; skipped steps in a row
 
 
 def parse(argv=None) -> Config:
     """Defaults, then the preset's settings, then what was given."""
     argv = sys.argv[1:] if argv is None else argv
     if {"--help", "-h"} & set(argv):
-        sys.exit(f"{__doc__}\nSettings and their defaults:\n{listing(Config)}")
+        print(f"{__doc__}\nSettings, their types and defaults (a preset brings its own for some):\n{help_of(Config)}")
+        sys.exit()
     given = overrides(Config, argv)
     if not given.get("data"):
         raise ValueError("--data is missing: the folder that python -m unimod_mini.prepare SOURCE FOLDER wrote")
@@ -152,6 +149,14 @@ class Job(NamedTuple):
     held: tuple                    # micro-batches of the held-out split and their parts, as share_out gives them
     out: Path
 
+    def about(self) -> dict:
+        """What a checkpoint belongs to. Every shard's header has the checksum of its data."""
+        digest = sha256()
+        for path in sorted(self.shards.folder.glob("*.shard")):
+            with open(path, "rb") as file:
+                digest.update(file.read(HEADER))
+        return {"shards": digest.hexdigest(), "tokenizer": self.shards.tokenizer_hash, "config": asdict(self.config)}
+
     def say(self, *lines) -> None:
         if self.ranks.first:
             print(*lines, sep="\n", flush=True)
@@ -181,15 +186,6 @@ def held_out(config: Config, shards: Shards, counts: dict, ranks: Ranks) -> list
             loader = Loader(shards, {task: piece}, 0, ranks.rank, ranks.world, drop=0.0, split="held")
             held += [loader.batches(number)[0] for number in range(max(1, there // piece))]
     return held
-
-
-def identity(folder) -> str:
-    """What makes a data set this one: its tokenizer and the checksums of its shards, all in their headers."""
-    digest = sha256()
-    for path in sorted(Path(folder).glob("*.shard")):
-        with open(path, "rb") as file:
-            digest.update(file.read(HEADER))
-    return digest.hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -222,23 +218,14 @@ def find_start(job: Job, given: Plan | None) -> tuple:
     """(path, facts) of the checkpoint to go on from, or (None, None)."""
     folder = job.out / "checkpoints"
     if job.config.resume == "no":
-        if any(folder.glob("step-*")):
+        if any(folder.glob("step-????????")):
             raise ValueError(f"{job.out} holds a run already: --resume auto goes on with it, or choose another --out")
         return None, None
     path = checkpoints.newest(folder)
     if path is None:
         return None, None
     facts = checkpoints.facts(path)
-    here = {"shards": identity(job.config.data), "tokenizer": job.shards.tokenizer_hash}
-    for name, value in here.items():
-        if facts[name] != value:
-            raise ValueError(f"{path} was trained on other {name} than {job.config.data}: give the --data of that run, or "
-                             "choose another --out (with --init, to begin with its weights)")
-    now = asdict(job.config)
-    other = [name for name in now if name not in FREE and now[name] != facts["config"].get(name)]
-    if other:
-        told = ", ".join(f"--{name.replace('_', '-')} {facts['config'].get(name)}, now {now[name]}" for name in other)
-        raise ValueError(f"{path} belongs to a run with other settings: {told}. Give the same, or choose another --out")
+    checkpoints.refuse_another(path, facts, job.about(), FREE)
     if given is not None and given != Plan(**facts["plan"]):
         raise ValueError(f"{path} belongs to a run with another plan than {job.config.plan} has now")
     return path, facts
@@ -256,9 +243,8 @@ def from_checkpoint(path: str, sizes: ModelConfig, plan: Plan) -> UnifiedTransfo
 
 def save(run: Run, job: Job, held: float | None) -> None:
     """A checkpoint of this step; the last --keep of them and the best stay."""
-    facts = {"stage": run.stage, "since": run.since, "held": held, "world": job.ranks.world, "config": asdict(job.config),
-             "plan": {"keep": run.model.plan.keep, "shared_router": run.model.plan.shared_router},
-             "tokenizer": job.shards.tokenizer_hash, "shards": identity(job.config.data)}
+    facts = {"stage": run.stage, "since": run.since, "held": held, "world": job.ranks.world, **job.about(),
+             "plan": {"keep": run.model.plan.keep, "shared_router": run.model.plan.shared_router}}
     checkpoints.save(job.out / "checkpoints", run.step, run.tensors(), facts, job.ranks)
     if job.ranks.first:
         checkpoints.prune(job.out / "checkpoints", job.config.keep)
@@ -273,115 +259,93 @@ def switch(run: Run, job: Job) -> Run:
 
     Optimisers and average begin anew, so the rate climbs again over --warmup steps.
     """
-    config, weights = job.config, run.weights(average=False)
-
-    def measure() -> tuple:
-        model = bare(run.model.config, run.model.plan, weights).to(job.device)
-        table = arank_table(model, to_device(job.batches(SWITCH), job.device))
-        plan = plan_for_budget(config.method, table, model.config, job.lengths, config.budget)
-        plan.save(job.out / "plan.json")
-        print(f"layer switch after {run.step} steps: ARank over length\nlayer  " + "".join(f"{task:>8}" for task in table))
-        for layer, row in enumerate(zip(*table.values())):
-            print(f"{layer:>5}  " + "".join(f"{rank:>8.3f}" for rank in row))
-        print(f"plan ({config.method}), {saved(model.config, plan, job):.1%} of the training FLOPs saved\n{plan}", flush=True)
-        return plan.keep, plan.shared_router
-
-    plan = Plan(*from_first(measure))
+    model = run.bare(average=False)
+    plan = Plan(*from_first(partial(measure, model, job, run.step)))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed + 1)                 # the same routers on every rank
-        model = bare(run.model.config, run.model.plan, weights).with_plan(plan)
-    return Run(model, config, job.device, job.lengths, "unimod", run.step, since=run.step)
+        torch.manual_seed(job.config.seed + 1)             # the same routers on every rank
+        model = model.to("cpu").with_plan(plan)
+    return Run(model, job.config, job.device, job.lengths, "unimod", run.step, since=run.step)
 
 
-def bare(sizes: ModelConfig, plan: Plan, weights: dict) -> UnifiedTransformer:
-    """A model without wrappers on the CPU; the global generator is left alone."""
-    with torch.random.fork_rng(devices=[]):
-        model = UnifiedTransformer(sizes, plan)
-    model.load_state_dict(weights)
-    return model
-
-
-def saved(sizes: ModelConfig, plan: Plan, job: Job) -> float:
-    """Share of the training FLOPs of a step that the plan saves, full n x n attention."""
-    return 1 - (batch_flops(sizes, plan, job.lengths, "train", job.counts)
-                / batch_flops(sizes, None, job.lengths, "train", job.counts))
+def measure(model: UnifiedTransformer, job: Job, step: int) -> tuple:
+    """ARank -> the fields of the method's plan; both are printed, the plan is written."""
+    wanted, config = {task: SWITCH[task] for task in job.counts}, model.config
+    print(f"layer switch after {step} steps: ARank over length, on " + " + ".join(f"{n} {t}" for t, n in wanted.items()), flush=True)
+    table = arank_table(model.to(job.device), to_device(job.batches(wanted), job.device))
+    print("layer  " + "".join(f"{task:>8}" for task in table))
+    for layer, row in enumerate(zip(*table.values())):
+        print(f"{layer:>5}  " + "".join(f"{rank:>8.3f}" for rank in row))
+    plan = plan_for_budget(job.config.method, table, config, job.lengths, job.config.budget)
+    plan.save(job.out / "plan.json")
+    saved = 1 - flops_ratio(config, plan, job.lengths, "train", job.counts)
+    print(f"plan ({job.config.method}), {saved:.1%} of a step's training FLOPs saved (full n x n attention)\n{plan}", flush=True)
+    return plan.keep, plan.shared_router
 
 
 # --------------------------------------------------------------------------------------------------------------
 # What is shown
 # --------------------------------------------------------------------------------------------------------------
 
-def figures(run: Run, job: Job, losses, norm, seconds: float) -> dict:
-    """The row of a step. MFU counts the plan's own FLOPs, so skipped tokens as skipped; dense-equivalent, all tokens."""
-    sizes, plan, peak = run.model.config, run.model.plan, None
-    if job.device.type == "cuda":
-        peak = peak_flops(torch.cuda.get_device_name(job.device))
-    can = peak * job.ranks.world * seconds if peak else None
-    work = {name: batch_flops(sizes, which, job.lengths, "train", job.counts) for name, which in
-            (("mfu", plan), ("mfu_dense_equivalent", None))}
-    pairs = dict(zip(run.tasks, losses.tolist()))
-    return {"step": run.step, "stage": run.stage, **{f"loss_{task}": pair[0] for task, pair in pairs.items()},
-            **{f"predictor_{task}": pair[1] for task, pair in pairs.items()},
-            "lr": run.optimizers[-1].param_groups[0]["lr"], "norm": norm.item(), "skipped": int(run.skipped[1]),
-            "tokens_per_second": sum(job.counts[task] * job.lengths[task] for task in run.tasks) / seconds,
-            **{name: flops / can if can else None for name, flops in work.items()}, "memory_gb": memory_gb(job.device),
-            "kept": {task: sum(plan.keep[task]) / plan.n_layer for task in run.tasks},
-            "seconds_left": (job.config.steps - run.step) * seconds}
-
-
-@torch.no_grad()
-def evaluate(run: Run, job: Job) -> dict:
-    """{task: loss on the held-out split, "all": their weighted sum}; empty without such a split. All ranks call it."""
-    micros, parts = job.held
-    run.objective.eval()
-    sums = {task: torch.zeros(2, device=job.device) for micro in micros for task in micro}
-    with run.averaged(), precision(job.device):
-        for micro, part in zip(micros, parts):
-            _, losses = run.objective(to_device(micro, job.device), part)
-            for task, pair in losses.items():
-                sums[task] += pair
-    losses = {task: total(pair)[0].item() for task, pair in sums.items()}
-    return losses | {"all": sum(TASK_WEIGHTS[task] * loss for task, loss in losses.items())} if losses else {}
+def report(run: Run, job: Job, journal: Journal | None, losses, norm, clock: Clock) -> None:
+    """The only place where a step waits for the device: its line, and the end of a run whose steps are all skipped."""
+    in_a_row = int(run.skipped[0])                         # on every rank, so that all of them stop
+    if job.ranks.first:
+        row = figures(run, job.counts, job.lengths, losses, norm, clock.lap(run.step), job.ranks.world)
+        journal.write(row)
+        print(line(row, job.config.steps), flush=True)
+    if in_a_row >= PATIENCE:
+        raise Diverged(f"the last {in_a_row} steps had a loss or a gradient that is not finite (losses {losses.tolist()}, norm "
+                       f"{norm.item()}) and were skipped: the weights are still those of step {run.step - in_a_row}. Look at --lr "
+                       "(lower it), --warmup (lengthen it), --clip, and at the samples of these steps")
 
 
 def finished_model(run: Run, job: Job) -> UnifiedTransformer | None:
-    """The (averaged) model on the first rank with thresholds for causal routing, None on the others; all call it."""
-    weights = run.weights(average=True)
+    """The (averaged) model with thresholds for causal routing on the first rank, None on the others; all call it."""
+    model = run.bare(average=True).to(job.device)
     if not job.ranks.first:
         return None
-    model = bare(run.model.config, run.model.plan, weights).to(job.device).eval()
     with precision(job.device):
         calibrate(model, to_device(job.batches(dict.fromkeys(job.counts, CALIBRATION)), job.device))
     return model
 
 
 def draw(model: UnifiedTransformer, job: Job, step: int) -> None:
-    """The same captions drawn and the same questions answered every time: samples/step-*.png and .txt."""
-    tokenizer, folder = job.shards.tokenizer, job.out / "samples"
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def samples(task: str) -> list:
+    """The same captions drawn and the same questions answered every time, held-out ones if there are any."""
+    shown = {}
+    for task in job.counts:
         split = "held" if job.shards.count(task, "held") else "train"
-        return [job.shards.sample(task, i, split) for i in range(min(SHOWN, job.shards.count(task, split) * (task in job.counts)))]
-
-    drawn, asked, sheet, texts = samples("t2i"), samples("mmu"), [], []
+        shown[task] = [job.shards.sample(task, i, split) for i in range(min(SHOWN, job.shards.count(task, split)))]
     with precision(job.device):
-        if drawn:
-            sheet.append(generate_image(model, tokenizer, [sample.question for sample in drawn], **DRAWING))
-            texts += [sample.question for sample in drawn]
-        if asked:
-            sheet.append(tokenizer.image.decode(torch.stack([sample.codes for sample in asked])))
-            answers = generate_text(model, tokenizer, sheet[-1], [sample.question for sample in asked])
-            texts += [f"{sample.question} {answer} (right: {sample.answer})" for sample, answer in zip(asked, answers)]
-    if texts:
-        text, images = "\n".join(texts), torch.cat(sheet)
-        (folder / f"step-{step:08d}.txt").write_text(text + "\n")
-        print(text, save_png(images, texts, folder / f"step-{step:08d}.png", max(1, 128 // images.shape[1])), sep="\n", flush=True)
+        print(samples(model, job.shards.tokenizer, shown.get("t2i", []), shown.get("mmu", []), DRAWING,
+                      job.out / "samples" / f"step-{step:08d}.png"), flush=True)
+
+
+def due(run: Run, job: Job, journal: Journal | None) -> dict:
+    """Evaluation, samples and checkpoint, where this step is one for them; returns the losses of an evaluation."""
+    config, last, held = job.config, run.step == job.config.steps, {}
+    keep = last or run.step % config.save_every == 0
+    if (keep or run.step % config.eval_every == 0) and job.held[0]:
+        held = run.evaluate(*job.held)
+        held["all"] = sum(TASK_WEIGHTS[task] * loss for task, loss in held.items())
+        if job.ranks.first:
+            journal.write({"step": run.step, **{f"held_{name}": loss for name, loss in held.items()}})
+            print("held out  " + "  ".join(f"{name} {loss:.4f}" for name, loss in held.items()), flush=True)
+    if run.step % config.sample_every == 0 and not last:
+        model = finished_model(run, job)
+        if model is not None:
+            draw(model, job, run.step)
+    if keep:
+        save(run, job, held.get("all"))
+    return held
 
 
 # --------------------------------------------------------------------------------------------------------------
 # The run
 # --------------------------------------------------------------------------------------------------------------
+
+class Diverged(RuntimeError):
+    """Too many steps in a row were skipped."""
+
 
 @contextmanager
 def sigterm():
@@ -402,7 +366,8 @@ def train(run: Run, job: Job, journal: Journal | None, asked: list) -> tuple[Run
         if run.stage == "dense" and config.dense < 1:
             end = round(config.dense * config.steps)
             if run.step >= end:
-                run = switch(run, job)
+                with clock.paused():
+                    run = switch(run, job)
                 continue
         for _, batches in job.loader.read_ahead(run.step, end):
             parts, stop = share_out(batches, bool(asked))
@@ -414,38 +379,6 @@ def train(run: Run, job: Job, journal: Journal | None, asked: list) -> tuple[Run
             with clock.paused():
                 held = due(run, job, journal)
     return run, held
-
-
-def report(run: Run, job: Job, journal: Journal | None, losses, norm, clock: Clock) -> None:
-    """The only place where a step waits for the device: its line, and the end of a run whose steps are all skipped."""
-    in_a_row = int(run.skipped[0])                         # on every rank, so that all of them stop
-    if job.ranks.first:
-        row = figures(run, job, losses, norm, clock.lap(run.step))
-        journal.write(row)
-        print(line(row, job.config.steps), flush=True)
-    if in_a_row >= PATIENCE:
-        raise ValueError(
-            f"the last {in_a_row} steps had a loss or a gradient that is not finite (losses {losses.tolist()}, norm {norm.item()}) "
-            f"and were skipped: the weights are those of step {run.step - in_a_row}. Look at --lr (lower it), --warmup (lengthen "
-            "it), --clip, and at the samples of these steps; --resume auto goes on from the last checkpoint")
-
-
-def due(run: Run, job: Job, journal: Journal | None) -> dict:
-    """Evaluation, samples and checkpoint, where this step is one for them; returns the losses of an evaluation."""
-    config, last, held = job.config, run.step == job.config.steps, {}
-    keep = last or run.step % config.save_every == 0
-    if keep or run.step % config.eval_every == 0:
-        held = evaluate(run, job)
-        if held and job.ranks.first:
-            journal.write({"step": run.step, **{f"held_{name}": loss for name, loss in held.items()}})
-            print("held out  " + "  ".join(f"{name} {loss:.4f}" for name, loss in held.items()), flush=True)
-    if run.step % config.sample_every == 0 and not last:
-        model = finished_model(run, job)
-        if model is not None:
-            draw(model, job, run.step)
-    if keep:
-        save(run, job, held.get("all"))
-    return held
 
 
 def introduce(run: Run, job: Job) -> None:
@@ -487,5 +420,5 @@ def main(argv=None) -> dict:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, Diverged) as error:
         sys.exit(f"error: {error}")

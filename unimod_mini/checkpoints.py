@@ -14,6 +14,8 @@ import json
 import os
 import shutil
 import sys
+import warnings
+from math import isfinite
 from pathlib import Path
 
 import torch
@@ -24,6 +26,7 @@ from torch import nn
 from .distributed import Ranks, local, wait_for_all
 
 FACTS = "run.json"
+warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)        # one process: no_dist says so
 
 
 def write_json(path, content) -> None:
@@ -99,8 +102,8 @@ def save(folder: Path, step: int, tensors: dict, facts: dict, ranks: Ranks) -> P
 def prune(folder: Path, keep: int) -> None:
     """Delete all checkpoints but the last `keep` and the one with the lowest held-out loss ("held" of its facts)."""
     paths = [path for path in sorted(folder.glob("step-????????")) if broken(path) is None]
-    scores = {path: facts(path).get("held") for path in paths}
-    best = min((path for path in paths if scores[path] is not None), key=scores.get, default=None)
+    scores = {path: facts(path)["held"] for path in paths}
+    best = min((path for path in paths if scores[path] is not None and isfinite(scores[path])), key=scores.get, default=None)
     for path in paths[:-keep]:
         if path != best:
             discard(path)
@@ -136,12 +139,30 @@ def broken(path: Path) -> str | None:
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest whole checkpoint, None when there is none; on the way past one that was cut short it warns."""
+    """The newest whole checkpoint, None when there is none; on the way past one that was cut short it warns.
+
+    What a kill left half-written or half-deleted is deleted: one process alone calls this.
+    """
+    for part in folder.glob("step-????????.tmp"):
+        shutil.rmtree(part)
     for path in sorted(folder.glob("step-????????"), reverse=True):
         if (wrong := broken(path)) is None:
             return path
         print(f"warning: {path} was cut short: {wrong}; going back to the checkpoint before it", file=sys.stderr)
     return None
+
+
+def refuse_another(path: Path, then: dict, now: dict, free: set) -> None:
+    """ValueError when the facts `then` of a checkpoint are of other data or settings (those in `free` apart) than `now`."""
+    for name in ("shards", "tokenizer"):
+        if then[name] != now[name]:
+            raise ValueError(f"{path} was trained on other {name} than --data has: give the --data of that run, or choose "
+                             "another --out (and --init, to begin with its weights)")
+    told = [f"--{name.replace('_', '-')} {then['config'].get(name)}, now {value}" for name, value in now["config"].items()
+            if name not in free and value != then["config"].get(name)]
+    if told:
+        raise ValueError(f"{path} belongs to a run with other settings: {'; '.join(told)}. Give the same, or choose another "
+                         "--out")
 
 
 def load(path: Path, tensors: dict, ranks: Ranks) -> None:

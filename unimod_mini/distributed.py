@@ -54,14 +54,9 @@ def join(device: torch.device, minutes: float):
         yield ranks
         return
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=minutes))
-    try:
-        yield ranks
-    except BaseException:
-        raise                      # the others see a broken connection: waiting for them here would be the hang
-    else:
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
+    yield ranks                    # after an error the group is just dropped: the others see a broken connection, and end
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,10 @@ from pathlib import Path
 
 import torch
 
+from .flops import batch_flops, peak_flops
+from .generate import generate_image, generate_text
+from .show import save_png
+
 
 class Journal:
     """Writes rows {"step": s, name: number ..}; the first rank has one, the others have None."""
@@ -87,6 +91,26 @@ def memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+def figures(run, counts: dict, lengths: dict, losses, norm, seconds: float, world: int) -> dict:
+    """The row of a step of `seconds`, counts[task] samples of lengths[task] tokens. Waits for the device.
+
+    MFU: training FLOPs (full n x n attention) a second over the peak of all devices, None where that is not known. It
+    counts the plan's own FLOPs, so skipped tokens as skipped; dense-equivalent, as if no token were skipped.
+    """
+    config, plan, device = run.model.config, run.model.plan, run.device
+    peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    mfu = [batch_flops(config, which, lengths, "train", counts) / (seconds * world * peak) if peak else None
+           for which in (plan, None)]
+    pairs = dict(zip(run.tasks, losses.tolist()))
+    return {"step": run.step, "stage": run.stage, **{f"loss_{task}": pair[0] for task, pair in pairs.items()},
+            **{f"predictor_{task}": pair[1] for task, pair in pairs.items()},
+            "lr": run.optimizers[-1].param_groups[0]["lr"], "norm": norm.item(), "skipped": int(run.skipped[1]),
+            "tokens_per_second": sum(counts[task] * lengths[task] for task in counts) / seconds,
+            "mfu": mfu[0], "mfu_dense_equivalent": mfu[1], "memory_gb": memory_gb(device),
+            "kept": {task: sum(plan.keep[task]) / plan.n_layer for task in run.tasks},
+            "seconds_left": (run.config.steps - run.step) * seconds}
+
+
 def line(row: dict, steps: int) -> str:
     """A row of training as one line of the terminal."""
     losses = "  ".join(f"{task} {row[f'loss_{task}']:.4f}" + (f" (+{row[f'predictor_{task}']:.3f})" if row[f"predictor_{task}"]
@@ -99,3 +123,20 @@ def line(row: dict, steps: int) -> str:
     return (f"step {row['step']}/{steps} {row['stage']}  {losses}  lr {row['lr']:.2e}  norm {row['norm']:.3f}  "
             f"{row['tokens_per_second']:,.0f} tok/s  MFU {mfu}  {row['memory_gb']:.2f} GB  kept {kept}{skipped}  "
             f"{days}{left} left")
+
+
+def samples(model, tokenizer, drawn: list, asked: list, drawing: dict, path: Path) -> str:
+    """Draw the captions of the samples `drawn`, answer the questions of `asked`: path.png and path.txt. Returns the text."""
+    sheet, texts = [], [sample.question for sample in drawn]
+    if drawn:
+        sheet.append(generate_image(model, tokenizer, texts, **drawing))
+    if asked:
+        sheet.append(tokenizer.image.decode(torch.stack([sample.codes for sample in asked])))
+        answers = generate_text(model, tokenizer, sheet[-1], [sample.question for sample in asked])
+        texts = texts + [f"{sample.question} {answer} (right: {sample.answer})" for sample, answer in zip(asked, answers)]
+    if not texts:
+        return "no captions and no questions: nothing to show"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images, text = torch.cat(sheet), "\n".join(texts)
+    path.with_suffix(".txt").write_text(text + "\n")
+    return f"{text}\n{save_png(images, texts, path.with_suffix('.png'), max(1, 128 // images.shape[1]))}"

@@ -10,7 +10,7 @@ The norm of the exchanged gradient and the added losses are the same on every ra
 """
 
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -23,6 +23,7 @@ from .checkpoints import named_tensors
 from .distributed import freeze_unused, local, synchronised, total, whole, wrap
 from .objectives import Objective, token_counts
 from .trainer import make_optimizers, precision
+from .transformer import UnifiedTransformer
 
 
 def share_out(batches: list, stop: bool = False) -> tuple[list, bool]:
@@ -106,6 +107,18 @@ class Run:
             torch._foreach_lerp_(*map(list, zip(*pairs)), 1 - decay)
         self.step += 1
 
+    @torch.no_grad()
+    def evaluate(self, batches: list, parts: list) -> dict:
+        """{task: mean loss over all micro-batches and ranks} of the (averaged) model; all ranks call it."""
+        self.objective.eval()
+        sums = {task: torch.zeros(2, device=self.device) for micro in batches for task in micro}
+        with self.averaged(), precision(self.device):
+            for micro, part in zip(batches, parts, strict=True):
+                _, losses = self.objective(to_device(micro, self.device), part)
+                for task, pair in losses.items():
+                    sums[task] += pair
+        return {task: total(pair)[0].item() for task, pair in sums.items()}
+
     @contextmanager
     def averaged(self):
         """Inside, the model has the averaged weights (if there is an average); afterwards its own, to the bit."""
@@ -125,12 +138,14 @@ class Run:
         """{name: tensor}, all of a checkpoint; loading writes into them."""
         return named_tensors(self.model, self.optimizers, average=self.average, count={"skipped": self.skipped})
 
-    def weights(self, average: bool) -> dict:
-        """The model's whole state dict on the CPU, averaged or as it is; every rank must call it."""
-        if not average:
-            return whole(self.model.state_dict())
-        with self.averaged():
-            return whole({name: tensor.clone() for name, tensor in self.model.state_dict().items()})
+    def bare(self, average: bool) -> UnifiedTransformer:
+        """A copy of the (averaged) model without wrappers, on the CPU; all ranks call it. Takes no random number."""
+        with self.averaged() if average else nullcontext():
+            weights = {name: tensor.clone() for name, tensor in whole(self.model.state_dict()).items()}
+        with torch.random.fork_rng(devices=[]):
+            model = UnifiedTransformer(self.model.config, self.model.plan)
+        model.load_state_dict(weights)
+        return model
 
 
 def prepare(model, config) -> None:

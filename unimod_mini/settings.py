@@ -5,6 +5,7 @@ with - or _; a bool takes true or false, or stands alone for true; what is missp
 """
 
 import difflib
+import inspect
 from dataclasses import fields
 
 WORDS = {"true": True, "false": False}
@@ -47,5 +48,11 @@ def overrides(config: type, argv: list) -> dict:
 
 
 def listing(config) -> str:
-    """A configuration, or the defaults of a class of them, one `--key value` a line."""
+    """A configuration, one `--key value` a line."""
     return "\n".join(f"  --{field.name.replace('_', '-'):<26}{getattr(config, field.name)}" for field in fields(config))
+
+
+def help_of(config: type) -> str:
+    """The fields of a dataclass as its source has them: name, type, default and comment."""
+    lines = inspect.getsource(config).split("\n\n")[0].splitlines()[2:]
+    return "\n".join("  --" + line.strip().partition(":")[0].replace("_", "-") + ":" + line.partition(":")[2] for line in lines)
