@@ -264,7 +264,9 @@ def switch(run: Run, job: Job) -> Run:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.config.seed + 1)             # the same routers on every rank
         model = model.to("cpu").with_plan(plan)
-    return Run(model, job.config, job.device, job.lengths, "unimod", run.step, since=run.step)
+    new = Run(model, job.config, job.device, job.lengths, "unimod", run.step, since=run.step)
+    new.skipped = run.skipped
+    return new
 
 
 def measure(model: UnifiedTransformer, job: Job, step: int) -> tuple:
@@ -301,9 +303,10 @@ def report(run: Run, job: Job, journal: Journal | None, losses, norm, clock: Clo
 
 def finished_model(run: Run, job: Job) -> UnifiedTransformer | None:
     """The (averaged) model with thresholds for causal routing on the first rank, None on the others; all call it."""
-    model = run.bare(average=True).to(job.device)
+    model = run.bare(average=True)
     if not job.ranks.first:
         return None
+    model.to(job.device)
     with precision(job.device):
         calibrate(model, to_device(job.batches(dict.fromkeys(job.counts, CALIBRATION)), job.device))
     return model

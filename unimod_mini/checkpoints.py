@@ -26,7 +26,6 @@ from torch import nn
 from .distributed import Ranks, local, wait_for_all
 
 FACTS = "run.json"
-warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)        # one process: no_dist says so
 
 
 def write_json(path, content) -> None:
@@ -70,6 +69,13 @@ def make_state(optimizer) -> None:
             local(value).zero_()
 
 
+def collectively(do, tensors: dict, path: Path) -> None:
+    """dcp.save or dcp.load, by all ranks or by the one process that there is (of which dcp would warn)."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        do(tensors, checkpoint_id=path, no_dist=not dist.is_initialized())
+
+
 def random_state() -> dict:
     return {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
@@ -84,16 +90,16 @@ def save(folder: Path, step: int, tensors: dict, facts: dict, ranks: Ranks) -> P
     if broken(path) is None:
         return path
     if ranks.first:
+        discard(path)                                      # one of this step that was cut short
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
     wait_for_all()
-    dcp.save(tensors, checkpoint_id=part, no_dist=not dist.is_initialized())
+    collectively(dcp.save, tensors, part)
     torch.save(random_state(), part / f"rng-{ranks.rank}.pt")
     wait_for_all()
     if ranks.first:
         sizes = {file.name: file.stat().st_size for file in part.iterdir()}
         write_json(part / FACTS, {"step": step, **facts, "sizes": sizes})
-        discard(path)                                      # a broken one of the same step
         os.replace(part, path)
     wait_for_all()
     return path
@@ -171,7 +177,7 @@ def load(path: Path, tensors: dict, ranks: Ranks) -> None:
     ValueError names the checkpoint when it does not hold them.
     """
     try:
-        dcp.load(tensors, checkpoint_id=path, no_dist=not dist.is_initialized())
+        collectively(dcp.load, tensors, path)
     except Exception as error:                             # dcp's own text lists every rank's traceback
         raise ValueError(f"{path} does not fit this run: {str(error).strip().splitlines()[-1]}") from error
     if (path / f"rng-{ranks.rank}.pt").is_file():

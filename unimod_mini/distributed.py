@@ -131,6 +131,12 @@ def synchronised(wrapped: nn.Module, now: bool):
     return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) and not now else nullcontext()
 
 
+def reshard(objective: nn.Module) -> None:
+    """After a forward without backward: FSDP2 leaves the outermost weights gathered until the next backward."""
+    if isinstance(objective, FSDPModule):
+        objective.reshard()
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a sharded tensor, the same memory; a plain tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

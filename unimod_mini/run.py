@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from .checkpoints import named_tensors
-from .distributed import freeze_unused, local, synchronised, total, whole, wrap
+from .distributed import freeze_unused, local, reshard, synchronised, total, whole, wrap
 from .objectives import Objective, token_counts
 from .trainer import make_optimizers, precision
 from .transformer import UnifiedTransformer
@@ -117,6 +117,7 @@ class Run:
                 _, losses = self.objective(to_device(micro, self.device), part)
                 for task, pair in losses.items():
                     sums[task] += pair
+            reshard(self.objective)
         return {task: total(pair)[0].item() for task, pair in sums.items()}
 
     @contextmanager
