@@ -79,6 +79,17 @@ def test_mask_hides_codes_only(rows, seed):
     assert masked.spans is batch.spans and masked.valid is batch.valid
 
 
+@given(st.integers(1, 5), seeds)
+def test_mask_of_a_row_does_not_depend_on_its_batch(rows, seed):
+    """With a generator a row, every row is masked as it is alone."""
+    batch, tok = t2i_batch(rows, seed), tokenizer()
+    own = lambda i: torch.Generator().manual_seed(seed + i)
+    together = mask_image_tokens(batch, tok, [own(i) for i in range(rows)])
+    for i in range(rows):
+        alone = mask_image_tokens(batch._replace(ids=batch.ids[i:i + 1], labels=batch.labels[i:i + 1]), tok, own(i))
+        assert torch.equal(alone.ids[0], together.ids[i]) and torch.equal(alone.labels[0], together.labels[i])
+
+
 def test_mask_count():
     """A row hides round(N cos(pi u / 2)) codes, at least one, for its own u, the first draw of the generator."""
     batch = t2i_batch(500)

@@ -423,7 +423,8 @@ def test_a_tokenizer_comes_back_from_its_state(backbone, text, codec, tmp_path):
     two = Tokenizer.from_state(torch.load(tmp_path / "t.pt", weights_only=True))
     assert torch.equal(torch.get_rng_state(), before)
     codes = torch.tensor([[[0, 1], [2, 4]]])
-    for a, b in zip(one.t2i(["a b"], codes) + one.mmu(["a"], ["c"], codes), two.t2i(["a b"], codes) + two.mmu(["a"], ["c"], codes)):
+    batches = [tokenizer.t2i(["a b"], codes) + tokenizer.mmu(["a"], ["c"], codes) for tokenizer in (one, two)]
+    for a, b in zip(*batches, strict=True):
         assert a is b is None or torch.equal(a, b)
     pictures = torch.randint(256, (3, 4, 4, 3), dtype=torch.uint8)
     assert torch.equal(two.image.decode(codes), image.decode(codes)) and two.vocab_size == one.vocab_size

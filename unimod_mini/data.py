@@ -104,6 +104,11 @@ def _parse_line(line, folder, where):
         row = json.loads(line)
     except ValueError as error:  # not JSON, or not UTF-8
         raise ValueError(f"{where}: not JSON ({error})") from error
+    return check_row(row, folder, where)
+
+
+def check_row(row, folder, where):
+    """{"file_name": .., "text": ..} as (path, caption); ValueError or FileNotFoundError, beginning with `where`."""
     for key in ("file_name", "text"):
         value = row.get(key) if isinstance(row, dict) else None
         if not isinstance(value, str) or not value.strip():
@@ -116,8 +121,8 @@ def _parse_line(line, folder, where):
     return folder / name, row["text"]
 
 
-def read_image(path, size):
-    """A picture fitted on white, (S, S, 3) torch.uint8; ValueError, naming it, if unreadable."""
+def read_image(path, size, name=None):
+    """A picture (path or open file) fitted on white, (S, S, 3) torch.uint8; ValueError, naming it, if unreadable."""
     try:
         from PIL import Image, ImageOps  # here, because nothing else needs Pillow
     except ImportError:
@@ -128,7 +133,7 @@ def read_image(path, size):
                 raise ValueError(f"mode {file.mode}; save it with 8 bits a channel, as RGB")
             picture = ImageOps.exif_transpose(file).convert("RGBA")  # upright, as a viewer shows it
     except Exception as error:  # Pillow raises OSError, SyntaxError, DecompressionBombError ...
-        raise ValueError(f"{path}: cannot be read as a picture ({error})") from error
+        raise ValueError(f"{name or path}: cannot be read as a picture ({error})") from error
     # White goes under first: the resize must not blend in the colours of transparent pixels.
     opaque = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     # 64x32 at size 32: the longer side becomes 32, so 32x16, with 8 white rows above and below.

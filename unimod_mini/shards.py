@@ -24,10 +24,10 @@ Legend: n samples, S text columns, N image codes, h and w rows and columns of im
 
 import hashlib
 import json
-import math
 import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, islice
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -70,12 +70,12 @@ def text_columns(tokenizer: Tokenizer, task: str) -> int:
 # Writing
 # --------------------------------------------------------------------------------------------------------------
 
-def write_shards(folder, tokenizer: Tokenizer, samples: dict, per_shard: int = 65536, about: dict | None = None) -> dict:
+def write_shards(folder, tokenizer: Tokenizer, samples: dict, per_shard: int = 2**16, about=None) -> dict:
     """Write a whole data set; what an interrupted call left is written anew.
 
-    samples: {split: {task: iterable of Sample or (question, answer, codes)}}, read once and never held; about: what
-    else dataset.json says. Returns the counts, {split: {task: n}}. Raises FileExistsError when the folder holds a
-    finished data set, ValueError for a text over budget, codes that do not fit and an unknown split or task.
+    samples: {split: {task: iterable of Sample or (question, answer, codes)}}, read once and never held; about: a dict
+    of what else dataset.json says. Returns the counts, {split: {task: n}}. Raises FileExistsError when the folder holds
+    a finished data set, ValueError for a text over budget, codes that do not fit and an unknown split or task.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,7 @@ def write_shards(folder, tokenizer: Tokenizer, samples: dict, per_shard: int = 6
         raise FileExistsError(f"{folder} holds a finished data set: choose another folder, or delete this one")
     for split, tasks in samples.items():
         if split not in SPLITS or not set(tasks) <= set(TASKS):
-            raise ValueError(f"splits are {', '.join(SPLITS)}, tasks {', '.join(TASKS)}: not {split!r} with {list(tasks)}")
+            raise ValueError(f"splits are {', '.join(SPLITS)}, tasks {', '.join(TASKS)}, not {split!r}: {list(tasks)}")
     for stale in (path for split in SPLITS for task in TASKS for path in folder.glob(f"{split}-{task}-*.shard*")):
         stale.unlink()
     torch.save(tokenizer.state(), folder / "tokenizer.pt.tmp")
@@ -101,28 +101,30 @@ def write_task(folder: Path, tokenizer: Tokenizer, digest: str, split: str, task
     """The shards of one split and task; returns how many samples they hold."""
     rows = (record(tokenizer, task, *sample) for sample in samples)
     total = 0
-    for number, first in enumerate(rows):                                    # `rows` is shared with write_shard
-        total += write_shard(folder / f"{split}-{task}-{number:05d}.shard", tokenizer, digest, split, task, first, rows,
-                             per_shard)
+    for number, first in enumerate(rows):                                    # the file takes its other rows itself
+        path = folder / f"{split}-{task}-{number:05d}.shard"
+        header = {"format": FORMAT, "version": VERSION, "file": path.name, "task": task, "split": split,
+                  "tokenizer": digest, **layout(tokenizer, task)}
+        total += write_shard(path, header, chain([first], islice(rows, per_shard - 1)))
     return total
 
 
-def write_shard(path: Path, tokenizer: Tokenizer, digest: str, split: str, task: str, first, rows, per_shard: int) -> int:
-    """`first` and up to per_shard - 1 more records of the iterator `rows` -> one file; returns how many."""
-    dtype = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
-    count, seal, row = 0, hashlib.sha256(), first
-    temporary = path.with_name(path.name + ".tmp")
+def layout(tokenizer: Tokenizer, task: str, n: int = 0) -> dict:
+    """What the header of a shard says about its n records."""
+    S, N = text_columns(tokenizer, task), 0 if task == "lm" else tokenizer.n_image
+    return {"dtype": "<u2" if tokenizer.vocab_size <= 2**16 else "<u4", "shape": [n, 2 + S + N], "text_length": S,
+            "grid": list(tokenizer.grid), "vocab_size": tokenizer.vocab_size}
+
+
+def write_shard(path: Path, header: dict, rows) -> int:
+    """Records and their header, which is completed by their number and checksum -> one file; returns the number."""
+    seal, temporary = hashlib.sha256(), path.with_name(path.name + ".tmp")
     with open(temporary, "wb", buffering=PIECE) as file:
         file.write(b" " * HEADER)
-        while row is not None:
-            data = np.array(row, dtype).tobytes()
+        for count, row in enumerate(rows, start=1):
+            data = np.array(row, header["dtype"]).tobytes()
             file.write(data), seal.update(data)
-            count += 1
-            row = next(rows, None) if count < per_shard else None
-        header = {"format": FORMAT, "version": VERSION, "file": path.name, "task": task, "split": split,
-                  "dtype": dtype, "shape": [count, len(first)], "grid": list(tokenizer.grid),
-                  "text_length": text_columns(tokenizer, task), "vocab_size": tokenizer.vocab_size, "tokenizer": digest,
-                  "sha256": seal.hexdigest()}
+        header = header | {"shape": [count, header["shape"][1]], "sha256": seal.hexdigest()}
         file.seek(0)
         file.write(json.dumps(header).encode().ljust(HEADER))
         file.flush(), os.fsync(file.fileno())
@@ -162,7 +164,7 @@ class Shards:
                                         f"{self.folder} makes a data set, or finishes one")
         self.tokenizer = read_tokenizer(self.folder / "tokenizer.pt")
         self.tokenizer_hash = tokenizer_hash(self.tokenizer)
-        self.arrays = {}                                                     # (split, task) -> memmaps, each (n, 2 + S + N)
+        self.arrays = {}                                   # (split, task) -> memmaps, each (n, 2 + S + N)
         paths = sorted(self.folder.glob("*.shard"))
         size = sum(path.stat().st_size for path in paths)
         with tqdm(total=size, desc="checking shards", unit="B", unit_scale=True, disable=size < 2**30) as bar:
@@ -186,8 +188,8 @@ class Shards:
         for split, task in counts.keys() | self.arrays.keys():
             held, said = self.count(task, split), counts.get((split, task), 0)
             if held != said:
-                raise ValueError(f"{path} counts {said} samples of {split}-{task}, {self.folder}/{split}-{task}-*.shard "
-                                 f"hold {held}: a shard is missing or is not part of this data set")
+                raise ValueError(f"{path} counts {said} samples of {split}-{task}, {split}-{task}-*.shard hold {held}: "
+                                 f"a shard is missing or does not belong here")
 
     def count(self, task: str, split: str = "train") -> int:
         """Samples of a task; 0 when there is none."""
@@ -223,13 +225,13 @@ def read_header(path: Path, tokenizer: Tokenizer, digest: str) -> dict:
         if header["format"] != FORMAT:
             raise ValueError(f"format {header['format']!r}")
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is not a shard of unimod_mini ({type(error).__name__}): prepare the data again") from error
+        raise ValueError(f"{path} is not a shard of unimod_mini: prepare the data again") from error
     if header.get("version") != VERSION:
-        raise ValueError(f"{path} has version {header.get('version')} of the format, this program reads {VERSION}: prepare "
-                         "the data again, or use the program that wrote it")
+        raise ValueError(f"{path} has version {header.get('version')} of the format, this program reads {VERSION}: "
+                         "prepare the data again, or use the program that wrote it")
     if header.get("tokenizer") != digest:
-        raise ValueError(f"{path} was written with another tokenizer than tokenizer.pt beside it: the ids would mean other "
-                         "words and patches. Keep the files of one data set together")
+        raise ValueError(f"{path} was written with another tokenizer than tokenizer.pt beside it: the ids would mean "
+                         "other words and patches. Keep the files of one data set together")
     check_layout(path, header, tokenizer)
     return header
 
@@ -238,17 +240,16 @@ def check_layout(path: Path, header: dict, tokenizer: Tokenizer) -> None:
     """ValueError, naming the file, unless header, name and size are what write_shard makes with this tokenizer."""
     split, task = header.get("split"), header.get("task")
     if header.get("file") != path.name or task not in TASKS or not path.name.startswith(f"{split}-{task}-"):
-        raise ValueError(f"{path} was written as {header.get('file')}, {split} samples of {task}: give it that name back")
-    S, n = text_columns(tokenizer, task), (header.get("shape") or [0])[0]
-    wanted = {"shape": [int(n), 2 + S + (0 if task == "lm" else tokenizer.n_image)], "text_length": S,
-              "grid": list(tokenizer.grid), "vocab_size": tokenizer.vocab_size,
-              "dtype": "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"}
+        raise ValueError(f"{path} was written as {header.get('file')}, samples of {split}-{task}: name it so again")
+    shape = header.get("shape")
+    n = shape[0] if isinstance(shape, list) and shape and isinstance(shape[0], int) else 0
+    wanted = layout(tokenizer, task, n)
     for key, value in wanted.items():
         if header.get(key) != value:
-            raise ValueError(f"{path}: the header's {key} is {header.get(key)}, expected {value}: prepare the data again")
-    size = HEADER + math.prod(header["shape"]) * np.dtype(header["dtype"]).itemsize
+            raise ValueError(f"{path}: the header's {key} is {header.get(key)}, expected {value}: prepare it again")
+    size = HEADER + n * wanted["shape"][1] * np.dtype(wanted["dtype"]).itemsize
     if path.stat().st_size != size:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes, its header says {size}: it was cut short or added to. Copy "
+        raise ValueError(f"{path} has {path.stat().st_size} bytes, its header says {size}: cut short or added to, copy "
                          "it again")
 
 
@@ -279,8 +280,8 @@ class Loader:
     def __init__(self, shards: Shards, counts: dict, seed: int = 0, rank: int = 0, world: int = 1, accumulate: int = 1,
                  drop: float = 0.1, split: str = "train"):
         if min(world, accumulate) < 1 or not 0 <= rank < world or not 0 <= drop <= 1:
-            raise ValueError(f"rank {rank} of {world}, accumulate {accumulate}, drop {drop}: expected 0 <= rank < world, "
-                             "accumulate of 1 or more, 0 <= drop <= 1")
+            raise ValueError(f"rank {rank} of {world}, accumulate {accumulate}, drop {drop}: expected 0 <= rank < "
+                             "world, accumulate of 1 or more, 0 <= drop <= 1")
         parts = world * accumulate
         for task, n in counts.items():
             if n < 0 or n % parts:
@@ -339,9 +340,9 @@ class Loader:
 def shuffled(numbers, size: int, key: str):
     """Sample numbers (n,) of an endless sequence of epochs -> indices in [0, size), (n,) int64; O(1) memory.
 
-    Each epoch of `size` numbers is one permutation, drawn by (key, epoch). A Feistel network permutes the 4^b numbers of
-    2 b bits, of which `size` need the most: (l, r) -> (r, l xor f(r)) is undone by (l, r) -> (r xor f(l), l), whatever
-    f. Results outside [0, size) go through again, until they fall inside: the cycles, without what lies outside.
+    Each epoch of `size` numbers is one permutation, drawn by (key, epoch). A Feistel network permutes the 4^b >= size
+    numbers of 2 b bits: (l, r) -> (r, l xor f(r)) is undone by (l, r) -> (r xor f(l), l), whatever f. A result outside
+    [0, size) goes through again until it falls inside, which leaves a permutation of [0, size).
     """
     epoch, x = np.divmod(numbers.astype(np.uint64), np.uint64(size))
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))                                     # b

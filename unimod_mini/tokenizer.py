@@ -156,8 +156,8 @@ class Tokenizer:
         ValueError for a codec that is none of WordText, ByteText, Palette and VQ."""
         vq = isinstance(self.image, VQ)
         if not isinstance(self.text, (WordText, ByteText)) or not (vq or isinstance(self.image, Palette)):
-            raise ValueError(f"only WordText or ByteText with Palette or VQ can be stored, not {type(self.text).__name__} "
-                             f"with {type(self.image).__name__}: save its weights apart")
+            raise ValueError(f"only WordText or ByteText with Palette or VQ can be stored, not "
+                             f"{type(self.text).__name__} with {type(self.image).__name__}: save its weights apart")
         weights = {name: x.detach().cpu().clone() for name, x in self.image.state_dict().items()} if vq else None
         return {"backbone": self.backbone, "words": getattr(self.text, "words", None), "grid": list(self.grid),
                 "text_length": self.text_length, "system": self.system, "assistant": self.assistant,

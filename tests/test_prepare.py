@@ -1,0 +1,468 @@
+"""python -m unimod_mini.prepare, chunks.py and sources.py: from files that people bring to shards, offline."""
+import io
+import json
+import subprocess
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from test_emoji import write_archives
+from unimod_mini import VQ, ByteText, Palette, WordText, chunks, data, prepare
+from unimod_mini.data import read_image
+from unimod_mini.prepare import main, parser
+from unimod_mini.shards import Shards
+from unimod_mini.show import read_png
+from unimod_mini.sources import DESCRIBE, share
+
+Image = pytest.importorskip("PIL.Image")
+TINY = "--size 8 --image palette --codes 16 --workers 1".split()
+CAPTIONS = [f"picture number {i}" for i in range(12)]
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Chunks of five entries, so that a dozen make three."""
+    monkeypatch.setattr(chunks, "CHUNK", 5)
+
+
+def png(i, size=8):
+    """The bytes of picture i: two colours that no other picture has, one above the other."""
+    image = Image.new("RGB", (size, size), (20 * i % 256, 255 - i, i))
+    image.paste((i, 7 * i % 256, 200), (0, 0, size, size // 2))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def folder_of(path, captions=CAPTIONS, csv=False):
+    """A folder of pictures with metadata.jsonl or captions.csv."""
+    path.mkdir()
+    for i in range(len(captions)):
+        (path / f"{i}.png").write_bytes(png(i))
+    rows = [{"file_name": f"{i}.png", "text": text} for i, text in enumerate(captions)]
+    if csv:
+        (path / "captions.csv").write_text("text,file_name,other\n" + "".join(
+            f'"{row["text"]}",{row["file_name"]},x\n' for row in rows))
+    else:
+        (path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def tar_of(path, files):
+    """{name: bytes} -> a tar without compression."""
+    with tarfile.open(path, "w") as archive:
+        for name, data_ in files.items():
+            part = tarfile.TarInfo(name)
+            part.size = len(data_)
+            archive.addfile(part, io.BytesIO(data_))
+    return path
+
+
+def web_files(numbers):
+    """What img2dataset writes for these pictures."""
+    files = {}
+    for i in numbers:
+        files |= {f"{i:09d}.png": png(i), f"{i:09d}.txt": CAPTIONS[i].encode(),
+                  f"{i:09d}.json": json.dumps({"caption": "not this", "status": "success"}).encode()}
+    return files
+
+
+def pictures_of(folder, task="t2i"):
+    """{(question, answer, picture as the codec draws it)} of both splits."""
+    shards = Shards(folder)
+    samples = [shards.sample(task, i, split) for split in ("train", "held") for i in range(shards.count(task, split))]
+    return {(s.question, s.answer, shards.tokenizer.image.decode(s.codes[None])[0].numpy().tobytes()) for s in samples}
+
+
+def is_held(i):
+    """Whether picture i is held out at --held 0.4."""
+    return share("split", f"{i}.png") < .4
+
+
+def run(*arguments):
+    main([str(x) for x in arguments])
+
+
+def no_rubbish(folder):
+    return not [path for path in Path(folder).rglob("*") if path.name.endswith(".tmp") or path.name.startswith("tmp")]
+
+
+# ---------------------------------------------------------------- the command line
+
+def test_the_flags_are_frozen():
+    """Names and defaults of the command line."""
+    flags = {a.option_strings[0] if a.option_strings else a.dest: a.default for a in parser()._actions
+             if a.dest not in ("help", "workers")}
+    assert flags == {"sources": None, "out": None, "--backbone": "emu3", "--size": 32, "--image": "vq", "--patch": 4,
+                     "--codes": 1024, "--width": 48, "--vq-steps": 2000, "--text": None, "--text-length": None,
+                     "--held": 0.05, "--limit": None, "--scenes": 20_000, "--image-root": None, "--seed": 0,
+                     "--device": None}
+    assert parser().parse_args(["a", "b", "c"]).sources == ["a", "b"] and parser().parse_args(["a", "b"]).workers >= 1
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["missing", "out"], "error: missing does not exist; a source is emoji, a folder with metadata.jsonl"),
+    (["empty", "out"], "error: empty is no source that can be read: expected emoji, a folder with"),
+    (["notes.txt", "out"], "error: notes.txt is no source that can be read"),
+    (["bad.json", "out"], "error: bad.json is not JSON"),
+    (["object.json", "out"], "error: object.json must hold a list of conversations, it holds a dict"),
+    (["unnamed", "out"], "captions.csv: the first line must name the columns file_name and text, it has"),
+    (["hopeless", "out"], "error: no picture to train on: 1 entries were read; the first: metadata.jsonl, line 1"),
+    (["photos", "out", "--size", "30"], "error: --size 30 does not divide into patches of 4 pixels"),
+    (["photos", "out", "--size", "0"], "error: --size must be at least 1, got 0"),
+    (["photos", "out", "--vq-steps", "0"], "error: --vq-steps must be at least 1"),
+    (["photos", "out", "--held", "1"], "error: expected 0 <= --held < 1"),
+    (["photos", "out", "--codes", "100", "--image", "lfq"], "error: n_codes is 100, .* a power of two for 'lfq'"),
+    (["photos", "out", "--image", "vq2"], "error: vq2 is no image tokenizer: expected vq, lfq, palette, or the"),
+    (["photos", "out", "--image", "notes.txt"], "error: notes.txt is no image tokenizer"),
+    (["photos", "out", "--device", "toaster"], "error: no device 'toaster' here"),
+    (["photos", "photos"], "error: photos holds other things: choose a new or an empty folder"),
+    (["photos", "notes.txt"], "error: notes.txt holds other things"),
+    (["emoji", "photos", "out"], "error: emoji is a data set of its own"),
+    (["emoji", "out", "--size", "30"], "error: scenes are made of halves and quarters")])
+def test_errors_in_one_line(tmp_path, monkeypatch, arguments, message):
+    """What cannot be done ends the program with one line that says why, and writes no data set."""
+    monkeypatch.chdir(tmp_path)
+    folder_of(Path("photos"))
+    Path("empty").mkdir(), Path("notes.txt").write_text("{}"), Path("bad.json").write_text("[")
+    Path("object.json").write_text("{}")
+    for name, file, text in (("unnamed", "captions.csv", "a,b\n1,2\n"), ("hopeless", "metadata.jsonl", "broken\n")):
+        Path(name).mkdir(), (Path(name) / file).write_text(text)
+    with pytest.raises(SystemExit, match=message) as error:
+        run(*TINY[:4], "--workers", 1, *arguments)
+    assert "\n" not in str(error.value) and not list(tmp_path.rglob("*.shard")) and no_rubbish(tmp_path)
+
+
+def test_npm_that_fails_is_named(tmp_path, monkeypatch):
+    """Without npm, or without a network, one line says so; the same command tries again."""
+    def fails(style, into):
+        raise subprocess.CalledProcessError(1, "npm")
+    for npm in (fails, lambda style, into: (_ for _ in ()).throw(RuntimeError("npm is missing"))):
+        monkeypatch.setattr(prepare, "npm_pack", npm)
+        with pytest.raises(SystemExit, match="error: the emoji cannot be fetched: .*npm.*the same command tries again"):
+            run("emoji", tmp_path / "out", *TINY)
+
+
+# ---------------------------------------------------------------- sources
+
+def test_a_folder_becomes_shards(tmp_path, capsys):
+    """Every picture is drawn from its caption and described by it, as near to the original as its codec can; bytes are
+    the text; the report names error and codes in use; a sheet shows originals over reconstructions."""
+    run(folder_of(tmp_path / "photos"), tmp_path / "out", *TINY, "--held", 0.4)
+    shards, out = Shards(tmp_path / "out"), capsys.readouterr().out
+    assert isinstance(shards.tokenizer.text, ByteText) and isinstance(shards.tokenizer.image, Palette)
+    assert (shards.tokenizer.grid, shards.tokenizer.text_length) == ((2, 2), 256)
+    sides = {"train": [i for i in range(12) if not is_held(i)], "held": [i for i in range(12) if is_held(i)]}
+    assert len(sides["train"]) > 3 and len(sides["held"]) > 3
+    for split, those in sides.items():
+        assert shards.count("t2i", split) == shards.count("mmu", split) == len(those)
+        for index, i in enumerate(those):
+            image = read_image(tmp_path / "photos" / f"{i}.png", 8)
+            drawn, seen = (shards.sample(task, index, split) for task in ("t2i", "mmu"))
+            assert drawn[:2] == (CAPTIONS[i], "") and seen[:2] == (DESCRIBE, CAPTIONS[i])
+            assert torch.equal(drawn.codes, shards.tokenizer.image.encode(image[None])[0])
+            assert torch.equal(drawn.codes, seen.codes)
+    assert out.count("come back with a mean error of") == 2 and " codes used, perplexity " in out
+    assert "0 left out" in out
+    assert (tmp_path / "out" / "skipped.txt").read_text() == "" and no_rubbish(tmp_path)
+    held = [json.loads(line) for line in open(tmp_path / "out" / "held.jsonl")]
+    for task in ("t2i", "mmu"):
+        rows = [row for row in held if row["task"] == task]
+        assert [row["key"] for row in rows] == [f"{i}.png" for i in sides["held"]]
+        assert [(row["question"], row["answer"]) for row in rows] == [
+            shards.sample(task, i, "held")[:2] for i in range(len(rows))]
+    sheet = Image.open(tmp_path / "out" / "reconstruction.png")
+    assert sheet.width == 4 * (8 * 16 + 16) and sheet.height > 3 * 2 * 8 * 16
+
+
+def test_the_same_pictures_in_every_format(tmp_path):
+    """metadata.jsonl, captions.csv, one tar, a folder of tars: the same samples."""
+    folder_of(tmp_path / "a"), folder_of(tmp_path / "b", csv=True), (tmp_path / "d").mkdir()
+    tar_of(tmp_path / "c.tar", web_files(range(12)))
+    tar_of(tmp_path / "d" / "00000.tar", web_files(range(7)))
+    tar_of(tmp_path / "d" / "00001.tar", web_files(range(7, 12)))
+    found = []
+    for source in ("a", "b", "c.tar", "d"):
+        run(tmp_path / source, tmp_path / f"out-{source}", *TINY, "--held", 0)
+        found.append(pictures_of(tmp_path / f"out-{source}"))
+        assert {line for line in open(tmp_path / f"out-{source}" / "skipped.txt")} == set()
+    assert len(found[0]) == 12 and all(those == found[0] for those in found)
+
+
+def test_questions_and_captions_in_one_data_set(tmp_path):
+    """A LLaVA file beside an image folder: a sample a turn, <image> taken out; a picture that both have is stored once
+    and lies on one side."""
+    folder_of(tmp_path / "photos")
+    turns = lambda *texts: [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+    box = turns("<image>\nWhat is it?", "A box.", "Which?", "The blue one.")
+    entries = [{"id": 1, "image": "3.png", "conversations": box},
+               {"id": 2, "image": "4.png", "conversations": turns("Why?\n<image>", "Because.")}]
+    (tmp_path / "q.json").write_text(json.dumps(entries))
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    for name in ("q.json", "q.jsonl"):
+        out = tmp_path / f"out-{name}"
+        run(tmp_path / "photos", tmp_path / name, out, *TINY, "--held", 0.4, "--image-root", tmp_path / "photos")
+        shards = Shards(out)
+        found = Counter()
+        for split in ("train", "held"):
+            for i in range(shards.count("mmu", split)):
+                question, answer, codes = shards.sample("mmu", i, split)
+                if question != DESCRIBE:
+                    number = 3 if question != "Why?" else 4
+                    assert torch.equal(codes, shards.tokenizer.image.encode(
+                        read_image(tmp_path / "photos" / f"{number}.png", 8)[None])[0])
+                    assert (split == "held") == is_held(number)
+                    found[question, answer] += 1
+        assert found == {("What is it?", "A box."): 1, ("Which?", "The blue one."): 1, ("Why?", "Because."): 1}
+        assert sum(shards.count("t2i", split) for split in ("train", "held")) == 12
+        assert sum(shards.about["pictures"].values()) == 12 and shards.about["repeated_pictures"] == 2
+
+
+def test_what_is_broken_is_listed_and_the_rest_is_kept(tmp_path):
+    """Broken pictures, missing files, bad lines, tars that end early, samples without picture or text, conversations
+    that are none: each is named in skipped.txt with the reason; everything else is there."""
+    photos = folder_of(tmp_path / "photos")
+    (photos / "2.png").write_bytes(png(2)[:40])
+    with open(photos / "metadata.jsonl", "a") as file:
+        file.write('{"file_name": "gone.png", "text": "x"}\nnot json\n\n{"file_name": "3.png", "text": " "}\n')
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    files = {"a/1.txt": b"alone", "a/2.png": png(20), "a/3.png": png(21), "a/3.json": b'{"caption": "from json"}',
+             "a/4.png": png(22), "a/4.json": b"[", "a/5.png": b"no png", "a/5.txt": b"broken"}
+    tar_of(tars / "0.tar", files)
+    cut = tar_of(tmp_path / "whole.tar", web_files([8, 9])).read_bytes()
+    (tars / "1.tar").write_bytes(cut[:-10240 + 700] if len(cut) > 10240 else cut[:3000])
+    (tars / "2.tar").write_bytes(b"")
+    questions = [{"image": "1.png", "conversations": []}, {"conversations": []}, 7,
+                 {"image": "../x", "conversations": []},
+                 {"image": "1.png", "conversations": [{"from": "gpt", "value": "a"}, {"from": "human", "value": "b"}]}]
+    (tmp_path / "q.json").write_text(json.dumps(questions))
+    run(photos, tars, tmp_path / "q.json", tmp_path / "out", *TINY, "--held", 0, "--image-root", photos)
+    skipped = (tmp_path / "out" / "skipped.txt").read_text().splitlines()
+    for start in ("2.png: cannot be read as a picture", "metadata.jsonl, line 13: ",
+                  "metadata.jsonl, line 14: not JSON", 'metadata.jsonl, line 16: needs the key "text"',
+                  "0.tar/a/1: no picture among .txt", "0.tar/a/2: no caption",
+                  "0.tar/a/4: its .json is no JSON object", "0.tar/a/5: cannot be read as a picture",
+                  "1.tar: the rest of it cannot be read", "2.tar: the rest of it cannot be read",
+                  "q.json, entry 0: turns must go human", 'q.json, entry 1: needs the key "image"', "q.json, entry 2: ",
+                  "q.json, entry 3: '../x' leads out of the folder", "q.json, entry 4: turns must go human, gpt"):
+        assert sum(line.startswith(start) for line in skipped) == 1, (start, skipped)
+    questions = {question for question, _, _ in pictures_of(tmp_path / "out")}
+    assert questions == {*CAPTIONS[:2], *CAPTIONS[3:], "from json"}
+    assert Shards(tmp_path / "out").about["skipped_pictures"] == len(skipped) == 15
+
+
+# ---------------------------------------------------------------- repeats, splits, budgets
+
+def test_a_repeated_picture_is_stored_once_and_on_one_side(tmp_path):
+    """The same pixels under another name: the same text is dropped, another one is kept, on the side of the first."""
+    photos = folder_of(tmp_path / "photos")
+    with open(photos / "metadata.jsonl", "a") as file:
+        for i in range(12):
+            Image.open(photos / f"{i}.png").save(photos / f"copy-{i}.bmp")   # other bytes, the same pixels
+            for text in (CAPTIONS[i], f"again {i}", f"again {i}"):
+                file.write(json.dumps({"file_name": f"copy-{i}.bmp", "text": text}) + "\n")
+    run(photos, tmp_path / "out", *TINY, "--held", 0.4)
+    shards = Shards(tmp_path / "out")
+    found = {split: Counter(shards.sample("t2i", i, split).question for i in range(shards.count("t2i", split)))
+             for split in ("train", "held")}
+    for i, text in enumerate(CAPTIONS):
+        side, other = ("held", "train") if is_held(i) else ("train", "held")
+        assert found[side][text] == found[side][f"again {i}"] == 1
+        assert found[other][text] == found[other][f"again {i}"] == 0
+    assert sum(map(len, found.values())) == 24 and sum(shards.about["pictures"].values()) == 12
+
+
+@given(keys=st.lists(st.text(), min_size=1, max_size=20, unique=True), share_held=st.floats(0, 1))
+def test_the_split_of_a_picture_depends_on_its_key_alone(keys, share_held):
+    """Whatever else is in the data, and in whichever order; a larger share only adds to what is held out."""
+    held = {key for key in keys if share("split", key) < share_held}
+    assert held == {key for key in reversed(keys) if share("split", key) < share_held}
+    assert held <= {key for key in keys if share("split", key) < min(1, share_held + .1)}
+    assert all(0 <= share("split", key) < 1 for key in keys)
+
+
+def test_the_held_out_share_is_about_what_was_asked():
+    """5 % of 20,000 names within four standard deviations."""
+    assert sum(share("split", f"{i:09d}") < .05 for i in range(20_000)) == pytest.approx(1000, abs=124)
+
+
+@pytest.mark.parametrize("text, budget, too_long", [("bytes", 40, 39), ("words", 7, 6)])
+def test_texts_over_budget_are_listed_and_never_cut(tmp_path, text, budget, too_long):
+    """A caption that does not fit is left out of the task that it does not fit, and quoted; the rest is whole."""
+    unit = "x" if text == "bytes" else "w "
+    captions = ["short", (unit * (too_long + 2)).strip(), (unit * (too_long - 1)).strip()]
+    folder_of(tmp_path / "p", captions)
+    run(tmp_path / "p", tmp_path / "out", *TINY, "--held", 0, "--text", text, "--text-length", budget)
+    assert {question for question, _, _ in pictures_of(tmp_path / "out")} == {captions[0], captions[2]}
+    assert {answer for _, answer, _ in pictures_of(tmp_path / "out", "mmu")} == {"short"}
+    skipped = (tmp_path / "out" / "skipped.txt").read_text().splitlines()
+    assert len(skipped) == 3 and all("is over the budget of" in line for line in skipped)
+    assert sum(captions[1] in line for line in skipped) == 2
+
+
+def test_words_of_the_data(tmp_path):
+    """--text words: the words of all texts, the prompts, the size of emu3's header; a budget for the longest text."""
+    run(folder_of(tmp_path / "p"), tmp_path / "out", *TINY, "--held", 0.4, "--text", "words", "--backbone", "emu3")
+    tokenizer = Shards(tmp_path / "out").tokenizer
+    assert isinstance(tokenizer.text, WordText) and tokenizer.backbone == "emu3" and tokenizer.text_length == 2 + 3 + 2
+    assert set(tokenizer.text.words) == {"USER:", "ASSISTANT:", "2*2", "picture", "number", "describe", "?",
+                                         *map(str, range(12))}
+    assert (tmp_path / "out" / "skipped.txt").read_text() == ""
+
+
+# ---------------------------------------------------------------- the codec
+
+@pytest.mark.parametrize("kind", ("vq", "lfq"))
+def test_a_trained_codec_is_stored_and_loaded(tmp_path, kind):
+    """A VQ is trained on training pictures alone (another held-out picture changes nothing in it), lies in
+    tokenizer.pt, and makes the codes of another data set."""
+    photos = folder_of(tmp_path / "photos")
+    tiny = ["--size", 8, "--codes", 16, "--width", 4, "--workers", 1, "--held", 0.4, "--device", "cpu"]
+    run(photos, tmp_path / "one", *tiny, "--image", kind, "--vq-steps", 3)
+    one = Shards(tmp_path / "one")
+    assert isinstance(one.tokenizer.image, VQ)
+    assert one.tokenizer.image.quantizer == {"vq": "nearest", "lfq": "lfq"}[kind]
+    run(photos, tmp_path / "two", *tiny, "--image", tmp_path / "one" / "tokenizer.pt")
+    assert pictures_of(tmp_path / "one") == pictures_of(tmp_path / "two")
+    assert one.tokenizer_hash == Shards(tmp_path / "two").tokenizer_hash
+    held = next(filter(is_held, range(12)))
+    (photos / f"{held}.png").write_bytes(png(40))
+    run(photos, tmp_path / "three", *tiny, "--image", kind, "--vq-steps", 3)
+    assert Shards(tmp_path / "three").tokenizer_hash == one.tokenizer_hash
+
+
+# ---------------------------------------------------------------- stopped and resumed
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("where", ["decode 1", "decode 8", "save pixels", "fit", "save codec", "codes", "judge",
+                                   "shards", "skipped"])
+def test_stopped_anywhere_and_resumed(tmp_path, monkeypatch, capsys, where):
+    """Stopped in any stage, the same command goes on: what was finished is not done again, no half-written file stays,
+    and the data set is, byte for byte, that of a run which was not stopped."""
+    photos = folder_of(tmp_path / "photos")
+    once = [photos, tmp_path / "once", *TINY, "--held", 0.4]
+    run(*once)
+    calls = Counter()
+    real = {"decode": chunks.decode, "fit": prepare.fit_codec, "judge": prepare.judge_codec,
+            "shards": prepare.write_shards, "save": chunks.np.save, "whole": prepare.whole_file,
+            "codes": Palette.encode}
+
+    def stops(name, at=1):
+        def function(*arguments, **more):
+            calls[name] += 1
+            if calls[name] == at:
+                raise KeyboardInterrupt
+            return real[name](*arguments, **more)
+        return function
+
+    with monkeypatch.context() as patch:
+        name, _, at = where.partition(" ")
+        if name == "decode":
+            patch.setattr(chunks, "decode", stops("decode", int(at)))
+        elif where == "save pixels":
+            patch.setattr(chunks.np, "save", stops("save", 2))
+        elif where in ("save codec", "skipped"):
+            last = {"save codec": "codec.pt", "skipped": "skipped.txt"}[where]
+            patch.setattr(prepare, "whole_file", lambda path, *mode: (
+                stops("whole") if path.name == last else real["whole"])(path, *mode))
+        elif name == "codes":
+            patch.setattr(Palette, "encode", stops("codes", 2))
+        else:
+            function = {"fit": "fit_codec", "judge": "judge_codec", "shards": "write_shards"}[name]
+            patch.setattr(prepare, function, stops(name))
+        with pytest.raises(SystemExit, match="stopped: the same command goes on from here"):
+            run(photos, tmp_path / "twice", *TINY, "--held", 0.4)
+    work = tmp_path / "twice" / "work"
+    done = {path.name: path.stat().st_mtime_ns for path in work.iterdir() if path.suffix != ".tmp"}
+    run(photos, tmp_path / "twice", *TINY, "--held", 0.4)
+    for name, time in done.items():
+        assert (work / name).stat().st_mtime_ns == time, name
+    one, two = files_of(tmp_path / "once"), files_of(tmp_path / "twice")
+    assert one == two and no_rubbish(tmp_path / "twice") and "train-t2i-00000.shard" in one
+    run(photos, tmp_path / "twice", *TINY, "--held", 0.4)
+    assert "twice is finished" in capsys.readouterr().out and files_of(tmp_path / "twice") == two
+
+
+def test_other_options_are_refused(tmp_path):
+    """A folder that was begun, finished or not, work deleted or not, is not gone on with by other options."""
+    photos = folder_of(tmp_path / "photos")
+    run(photos, tmp_path / "out", *TINY)
+    for _ in range(2):
+        with pytest.raises(SystemExit, match="out was begun with size 8, not 16: give the same options, or another"):
+            run(photos, tmp_path / "out", *TINY, "--size", 16)
+        run(photos, tmp_path / "out", *TINY)
+        for path in (tmp_path / "out" / "work").iterdir():
+            path.unlink()
+
+
+def test_stopped_before_the_first_file(tmp_path):
+    """A folder in which nothing but the options was begun is taken up."""
+    (tmp_path / "out" / "work").mkdir(parents=True)
+    (tmp_path / "out" / "work" / "options.json.tmp").write_text("{")
+    run(folder_of(tmp_path / "photos"), tmp_path / "out", *TINY)
+    assert sum(Shards(tmp_path / "out").about["pictures"].values()) == 12 and no_rubbish(tmp_path)
+
+
+def test_a_pool_of_processes_gives_the_same(tmp_path):
+    """Two processes write what one does, broken pictures in the same places."""
+    photos = folder_of(tmp_path / "photos")
+    (photos / "5.png").write_bytes(b"no picture")
+    run(photos, tmp_path / "one", *TINY)
+    run(photos, tmp_path / "two", *TINY[:-1], 2)
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+
+
+def test_limit_takes_the_first_entries(tmp_path):
+    """--limit counts entries of the sources, broken ones too."""
+    photos = folder_of(tmp_path / "photos")
+    (photos / "1.png").write_bytes(b"")
+    run(photos, tmp_path / "out", *TINY, "--held", 0, "--limit", 4)
+    assert {question for question, _, _ in pictures_of(tmp_path / "out")} == {CAPTIONS[i] for i in (0, 2, 3)}
+
+
+# ---------------------------------------------------------------- emoji, end to end
+
+def test_emoji_end_to_end(tmp_path, monkeypatch):
+    """`emoji` fetches once, writes words, both credits, recombination splits whose kinds held.jsonl names."""
+    fetched = []
+
+    def pack(style, into):
+        fetched.append(style)
+        return write_archives(Path(into))[style]
+    monkeypatch.setattr(prepare, "npm_pack", pack)
+    options = ["emoji", tmp_path / "out", *TINY, "--scenes", 150, "--held", 0.2, "--backbone", "showo"]
+    run(*options)
+    shards = Shards(tmp_path / "out")
+    assert fetched == ["google", "twitter"] and isinstance(shards.tokenizer.text, WordText)
+    notice = (tmp_path / "out" / "NOTICE").read_text()
+    assert all(credit in notice for credit in ("Noto Emoji", "Twemoji", "CC-BY 4.0", *shards.about["credits"]))
+    held = [json.loads(line) for line in open(tmp_path / "out" / "held.jsonl")]
+    assert {row["kind"] for row in held} == {"style x concept", "skin tone x concept", "pair", "count",
+                                             "style x concept in a scene"} == set(shards.about["held_by_kind"])
+    for task in ("t2i", "mmu"):
+        rows = [row for row in held if row["task"] == task]
+        assert [(row["question"], row["answer"]) for row in rows] == [
+            shards.sample(task, i, "held")[:2] for i in range(shards.count(task, "held"))]
+    train = {shards.sample("t2i", i).question for i in range(shards.count("t2i"))}
+    kept_apart = {row["question"] for row in held if row["task"] == "t2i"}
+    assert train and kept_apart and not train & kept_apart
+    assert (tmp_path / "out" / "skipped.txt").read_text() == "" and data.CREDITS["names"] in notice
+
+
+def test_the_sheet_shows_originals_on_top(tmp_path):
+    """The top half of the first cell is one of the pictures, enlarged 16 times."""
+    photos = folder_of(tmp_path / "photos")
+    run(photos, tmp_path / "out", *TINY, "--held", 0)
+    with Image.open(tmp_path / "out" / "reconstruction.png") as sheet:
+        sheet.crop((8, 8, 8 + 128, 8 + 128)).save(tmp_path / "cell.png")
+    cell = read_png(tmp_path / "cell.png", 8, 8)
+    assert any(torch.equal(cell, read_image(photos / f"{i}.png", 8)) for i in range(12))

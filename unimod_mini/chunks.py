@@ -1,0 +1,139 @@
+"""The working folder of prepare.py: pictures as they were decoded, in chunks that are finished or not there.
+
+    records-000000.jsonl   one line an entry of the source; written last, it marks the chunk as finished
+    pixels-000000.npy      uint8 (m, S, S, 3), the pictures that no entry before had
+    codes-000000.npy       uint16 or int32 (m, h, w), the same pictures as the codec encodes them
+
+A record is {"key", "skipped": why} or {"key", "picture": number, "pixels": hash, "split", "kind", "texts": [[task,
+question, answer], ..]}. Reading goes on behind the last finished chunk, with what the finished ones have seen.
+
+Legend: m pictures in a chunk, S pixels a side, h and w rows and columns of image codes.
+"""
+
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .sources import Item, decode, share
+
+CHUNK = 1024                       # entries
+
+
+@contextlib.contextmanager
+def whole_file(path: Path, mode: str = "w"):
+    """A file that is opened under a temporary name and takes its own when all is written."""
+    temporary = path.with_name(path.name + ".tmp")
+    text = {} if "b" in mode else {"encoding": "utf-8", "errors": "backslashreplace"}
+    with open(temporary, mode, **text) as file:
+        yield file
+    os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def pool_map(workers: int):
+    """map over processes; in this process for one worker."""
+    if workers == 1:
+        yield map
+        return
+    context = multiprocessing.get_context("spawn")         # a fork would copy torch's threads in any state
+    with context.Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+        yield lambda function, jobs: pool.imap(function, jobs, chunksize=16)
+
+
+class Chunks:
+    """What is finished in a working folder."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.open = folder, {}                # open: (kind, chunk) -> memmap
+        self.starts = [0]                                  # number of the first picture of each chunk, and of the next
+        while self.path("records", len(self.starts) - 1).exists():
+            self.starts.append(self.starts[-1] + len(self.array("pixels", len(self.starts) - 1)))
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def path(self, kind: str, chunk: int) -> Path:
+        return self.folder / f"{kind}-{chunk:06d}.{'jsonl' if kind == 'records' else 'npy'}"
+
+    def array(self, kind: str, chunk: int):
+        """Pixels (m, S, S, 3) or codes (m, h, w) of a chunk, memory-mapped."""
+        if (kind, chunk) not in self.open:
+            self.open[kind, chunk] = np.load(self.path(kind, chunk), mmap_mode="r")
+        return self.open[kind, chunk]
+
+    def picture(self, kind: str, number: int) -> Tensor:
+        """Pixels (S, S, 3) or codes (h, w) of a picture."""
+        chunk = int(np.searchsorted(self.starts, number, "right")) - 1
+        return torch.from_numpy(np.array(self.array(kind, chunk)[number - self.starts[chunk]]))
+
+    def records(self):
+        """Every record, in the order of the sources."""
+        for chunk in range(len(self)):
+            with open(self.path("records", chunk), encoding="utf-8") as file:
+                yield from map(json.loads, file)
+
+    def used(self):
+        """The records that have a picture."""
+        return (record for record in self.records() if "skipped" not in record)
+
+    def save(self, kind: str, chunk: int, array) -> None:
+        with whole_file(self.path(kind, chunk), "wb") as file:
+            np.save(file, array)
+
+    def read(self, entries, size: int, held: float, workers: int) -> None:
+        """Entries (sources.py) -> the chunks that are missing. held: share of the pictures that is held out, where an
+        entry does not say itself on which side it is."""
+        memory = Memory(self, held)
+        entries = islice(entries, len(self) * CHUNK, None)
+        with pool_map(workers) as map_, tqdm(desc="pictures", unit="picture", initial=self.starts[-1]) as bar:
+            while chunk := list(islice(entries, CHUNK)):
+                decoded = iter(map_(decode, [(entry, size) for entry in chunk if isinstance(entry, Item)]))
+                records, pixels = [], []
+                for entry in chunk:
+                    picture = next(decoded) if isinstance(entry, Item) else entry.why
+                    if isinstance(picture, str):
+                        records.append({"key": entry.key, "skipped": picture})
+                    else:
+                        records.append(memory.record(entry, picture, self.starts[-1], pixels))
+                    bar.update()
+                self.append(records, np.frombuffer(b"".join(pixels), np.uint8).reshape(-1, size, size, 3))
+
+    def append(self, records: list, pixels) -> None:
+        """One more chunk; pixels: uint8 (m, S, S, 3)."""
+        self.save("pixels", len(self), pixels)
+        with whole_file(self.path("records", len(self))) as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+        self.starts.append(self.starts[-1] + len(pixels))
+
+
+class Memory:
+    """Which pictures and which texts of them have been seen: about 200 bytes a sample."""
+
+    def __init__(self, chunks: Chunks, held: float):
+        self.held, self.pictures, self.texts = held, {}, set()               # pictures: hash -> (number, split)
+        for record in chunks.used():
+            self.pictures.setdefault(record["pixels"], (record["picture"], record["split"]))
+            self.texts.update(hash((record["pixels"], *text)) for text in record["texts"])
+
+    def record(self, item: Item, picture: bytes, start: int, pixels: list) -> dict:
+        """What is kept of an item. Its picture is added to `pixels`, the chunk that begins with number `start`, unless
+        it was seen before: then it keeps its number and its split, and gets the new texts alone."""
+        digest = hashlib.sha256(picture).hexdigest()[:32]
+        if digest not in self.pictures:
+            split = item.split or ("held" if share("split", item.key) < self.held else "train")
+            self.pictures[digest] = start + len(pixels), split
+            pixels.append(picture)
+        number, split = self.pictures[digest]
+        texts = [text for text in dict.fromkeys(item.texts) if hash((digest, *text)) not in self.texts]
+        self.texts.update(hash((digest, *text)) for text in texts)
+        return {"key": item.key, "picture": number, "pixels": digest, "split": split, "kind": item.kind, "texts": texts}

@@ -1,0 +1,346 @@
+"""From pictures with captions and questions to token shards: python -m unimod_mini.prepare SOURCE [SOURCE ..] OUT
+
+Four stages, each of which leaves complete files in OUT/work, so that the same command goes on where it was stopped:
+
+    1. pictures   read, fitted on a white square of --size pixels, told apart by their pixels   work/pixels-*.npy
+    2. codec      the image tokenizer: trained on training pictures, or loaded                  work/codec.pt
+    3. codes      the pictures as codes                                                         work/codes-*.npy
+    4. shards     text budget, train and held-out split, what shards.py describes               OUT/
+
+Beside the shards: reconstruction.png (originals over what the codes draw), skipped.txt (what was left out, and why),
+held.jsonl (the held-out samples in the order of the shards, with what each tests), NOTICE (credits, for emoji).
+
+Departure from the usual: a picture that occurs again, by its pixels, is stored once and keeps the split of its first
+occurrence, so that no picture is on both sides. The split is a hash of the key, so that more data moves nothing.
+
+Legend: m pictures in a chunk, S pixels a side, h and w rows and columns of image codes.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from itertools import chain, islice
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .chunks import Chunks, whole_file
+from .data import CREDITS, VERSION, npm_pack
+from .emoji import STYLES, Emoji, check_size
+from .shards import Sample, write_shards
+from .show import pillow, save_png
+from .sources import ACCEPTED, read_source
+from .tokenizer import ByteText, Palette, Tokenizer, WordText
+from .trainer import find_device
+from .vq import VQ, fit_vq, measure
+
+QUANTIZERS = {"vq": "nearest", "lfq": "lfq"}
+FIT, JUDGE = 20_000, 1000          # pictures that the codec is trained and judged on, at most
+BYTES = 256                        # text budget of ByteText unless given
+
+
+# --------------------------------------------------------------------------------------------------------------
+# 1. Pictures
+# --------------------------------------------------------------------------------------------------------------
+
+def fetch_emoji(folder: Path) -> dict:
+    """{style: .tgz} in this folder, fetched through npm unless they are there. ValueError when npm cannot."""
+    archives = {style: folder / f"{style}-{VERSION}.tgz" for style in STYLES}
+    for style, archive in archives.items():
+        if not archive.exists():
+            print(f"fetching the {style} emoji, about 70 MB")
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                try:
+                    os.replace(npm_pack(style, scratch), archive)
+                except (RuntimeError, subprocess.CalledProcessError) as error:
+                    raise ValueError(f"the emoji cannot be fetched: {error}; the same command tries again") from error
+    return archives
+
+
+def read_pictures(args, chunks: Chunks) -> None:
+    """The entries of all sources, one after the other, into chunks."""
+    if args.sources == ["emoji"]:
+        world = Emoji(fetch_emoji(chunks.folder), args.size, args.scenes, args.held, args.limit, args.seed)
+        chunks.read(iter(world), args.size, args.held, workers=1)            # they are pixels already
+    else:
+        entries = chain.from_iterable(read_source(source, args.image_root) for source in args.sources)
+        chunks.read(islice(entries, args.limit), args.size, args.held, args.workers)
+
+
+def by_split(chunks: Chunks) -> dict:
+    """{split: the numbers of its pictures}. ValueError when there is none to train on."""
+    numbers = {"train": set(), "held": set()}
+    for record in chunks.used():
+        numbers[record["split"]].add(record["picture"])
+    numbers = {split: sorted(those) for split, those in numbers.items()}
+    if not numbers["train"]:
+        why = next((f"; the first: {record['key']}: {record['skipped']}" for record in chunks.records()
+                    if "skipped" in record), "")
+        raise ValueError(f"no picture to train on: {sum(1 for _ in chunks.records())} entries were read{why}")
+    return numbers
+
+
+# --------------------------------------------------------------------------------------------------------------
+# 2. Codec, 3. codes
+# --------------------------------------------------------------------------------------------------------------
+
+def some_pictures(chunks: Chunks, numbers: list, n: int, seed: int) -> tuple[list, Tensor]:
+    """At most n of the pictures with these numbers: their numbers, ascending, and uint8 (n, S, S, 3)."""
+    numbers = sorted(Random(f"pictures {seed}").sample(numbers, min(n, len(numbers))))
+    return numbers, torch.stack([chunks.picture("pixels", number) for number in numbers])
+
+
+def make_codec(args, chunks: Chunks, train: list):
+    """The image tokenizer: stored by an earlier call, loaded from --image, or trained on pictures of `train`."""
+    path = chunks.folder / "codec.pt"
+    if not path.exists():
+        codec = fit_codec(args, chunks, train) if args.image in (*QUANTIZERS, "palette") else load_codec(args.image)
+        with whole_file(path, "wb") as file:
+            torch.save(Tokenizer("showo", ByteText(), codec, (1, 1), 3).state(), file)
+    codec = load_codec(path)
+    return codec.to(find_device(args.device)) if isinstance(codec, VQ) else codec
+
+
+def fit_codec(args, chunks: Chunks, train: list):
+    """A palette or a VQ of the sizes that the command line names."""
+    _, images = some_pictures(chunks, train, FIT, args.seed)
+    if args.image == "palette":
+        print(f"palette: k-means on {len(images)} pictures")
+        return Palette.fit(images, args.codes, args.patch, seed=args.seed)
+    torch.manual_seed(args.seed)
+    vq = VQ(args.codes, args.patch, args.width, quantizer=QUANTIZERS[args.image]).to(find_device(args.device))
+    fit_vq(images, vq, args.vq_steps, args.seed)
+    return vq
+
+
+def load_codec(path):
+    """The image codec of a tokenizer's state. ValueError names the file when it is none."""
+    try:
+        return Tokenizer.from_state(torch.load(path, map_location="cpu", weights_only=True)).image
+    except Exception as error:                             # torch's own text advises to load it unsafely
+        raise ValueError(f"{path} is no image tokenizer: expected vq, lfq, palette, or the tokenizer.pt of a data set "
+                         "that was prepared before") from error
+
+
+def write_codes(chunks: Chunks, codec) -> None:
+    """Every chunk of pixels -> a chunk of codes."""
+    with tqdm(desc="codes", unit="picture", total=chunks.starts[-1]) as bar:
+        for chunk in range(len(chunks)):
+            images = torch.from_numpy(np.array(chunks.array("pixels", chunk)))
+            if not chunks.path("codes", chunk).exists():
+                side = images.shape[1] // codec.patch
+                codes = [codec.encode(part).cpu() for part in images.split(64) if len(part)]
+                codes = torch.cat(codes or [torch.zeros(0, side, side)])                     # (m, h, w)
+                chunks.save("codes", chunk, codes.numpy().astype(np.uint16 if codec.n_codes <= 2**16 else np.int32))
+            bar.update(len(images))
+
+
+def judge_codec(chunks: Chunks, codec, numbers: dict, out: Path, seed: int) -> dict:
+    """Prints and returns how well pictures come back, by split, and draws eight of each."""
+    results, pictures, sides = {}, [], {}
+    for split, those in numbers.items():
+        if those:
+            those, images = some_pictures(chunks, those, JUDGE, seed)
+            report = measure(images, codec)
+            results[split] = {name: round(x, 4) for name, x in report._asdict().items() if name != "seconds"}
+            print(f"{split:<6}{len(images)} pictures come back with a mean error of {report.error:.2f} of 255, psnr "
+                  f"{report.psnr:.2f} dB; {report.usage:.1%} of {codec.n_codes} codes used, perplexity "
+                  f"{report.perplexity:.0f}")
+            pick = sorted(Random(f"sheet {seed}").sample(range(len(those)), min(8, len(those))))
+            drawn = codec.decode(codec.encode(images[pick])).cpu()
+            gap = drawn.new_full((len(pick), 1, *drawn.shape[2:]), 255)
+            pictures += torch.cat((images[pick], gap, drawn), dim=1)         # (2 S + 1, S, 3): the original on top
+            sides |= {those[i]: split for i in pick}
+    texts = {record["picture"]: record["texts"][0][1] for record in chunks.used()
+             if record["picture"] in sides and record["texts"]}
+    names = [f"{split}: {texts[number]}" for number, split in sides.items()]
+    print(save_png(torch.stack(pictures), names, out / "reconstruction.png", max(1, 128 // images.shape[1])))
+    return results
+
+
+# --------------------------------------------------------------------------------------------------------------
+# 4. Shards
+# --------------------------------------------------------------------------------------------------------------
+
+def make_tokenizer(args, chunks: Chunks, codec) -> Tokenizer:
+    """Words of the data, or bytes, with the layouts of --backbone; words get the budget that the longest text needs."""
+    grid = (args.size // codec.patch, args.size // codec.patch)
+    if (args.text or ("words" if args.sources == ["emoji"] else "bytes")) == "bytes":
+        return Tokenizer(args.backbone, ByteText(), codec, grid, args.text_length or BYTES, "USER: ", " ASSISTANT: ")
+    words, longest = set(), 0
+    for _, question, answer in (text for record in chunks.used() for text in record["texts"]):
+        both = question.split() + answer.split()
+        words.update(both)
+        longest = max(longest, len(both))
+    text = WordText(["USER:", "ASSISTANT:", "{}*{}".format(*grid), *sorted(words)])
+    return Tokenizer(args.backbone, text, codec, grid, args.text_length or longest + 2, "USER:", "ASSISTANT:")
+
+
+def samples(chunks: Chunks, tokenizer: Tokenizer, split: str, task: str, total: int, skipped: list, listing):
+    """The samples of a split and task in the order of the sources; those over the text budget go to `skipped`."""
+    texts = ((record, text[1], text[2]) for record in chunks.used() if record["split"] == split
+             for text in record["texts"] if text[0] == task)
+    for record, question, answer in tqdm(texts, f"{split} {task}", total, unit="sample"):
+        try:
+            ids = tokenizer.text.encode(question) + tokenizer.text.encode(answer)
+            tokenizer.fit_text(ids, tokenizer.room(task), f"{question} {answer}".strip())
+        except ValueError as error:
+            skipped.append((record["key"], str(error)))
+            continue
+        if split == "held":
+            row = {"task": task, "kind": record["kind"], "key": record["key"], "question": question, "answer": answer}
+            listing.write(json.dumps(row, ensure_ascii=False) + "\n")
+        yield Sample(question, answer, chunks.picture("codes", record["picture"]).long())
+
+
+def write_data(chunks: Chunks, tokenizer: Tokenizer, out: Path, about: dict) -> dict:
+    """The shards, and beside them held.jsonl and skipped.txt, which marks the data set as finished."""
+    totals = Counter((record["split"], task) for record in chunks.used() for task, *_ in record["texts"])
+    skipped = [(record["key"], record["skipped"]) for record in chunks.records() if "skipped" in record]
+    about |= {"skipped_pictures": len(skipped), "repeated_pictures": sum(1 for _ in chunks.used()) - chunks.starts[-1],
+              "held_by_kind": Counter(record["kind"] for record in chunks.used() if record["split"] == "held")}
+    (out / "dataset.json").unlink(missing_ok=True)         # of a call that was stopped before its last line
+    with whole_file(out / "held.jsonl") as listing:
+        rows = {split: {task: samples(chunks, tokenizer, split, task, totals[split, task], skipped, listing)
+                        for task in ("t2i", "mmu") if totals[split, task]} for split in ("train", "held")}
+        counts = write_shards(out, tokenizer, rows, about=about)
+    with whole_file(out / "skipped.txt") as file:
+        file.writelines(" ".join(f"{key}: {why}".split()) + "\n" for key, why in skipped)
+    print(f"{len(skipped)} left out{f', listed in {out}/skipped.txt' if skipped else ''}")
+    return counts
+
+
+def write_notice(out: Path) -> None:
+    """The credits that the licences of the emoji ask for."""
+    with whole_file(out / "NOTICE") as file:
+        file.writelines(f"{name}: {credit}\n" for name, credit in CREDITS.items())
+        file.write("The art is real; the layout of the scenes is synthetic.\n")
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The command
+# --------------------------------------------------------------------------------------------------------------
+
+def parser() -> argparse.ArgumentParser:
+    cli = argparse.ArgumentParser(prog="python -m unimod_mini.prepare", description=__doc__.split(":")[0] + ".",
+                                  epilog="The same command goes on where it was stopped. A source is " + ACCEPTED + ".")
+    cli.add_argument("sources", metavar="SOURCE", nargs="+", help="what to read; several go into one data set")
+    cli.add_argument("out", metavar="OUT", help="a new or an empty folder, or one that was begun with the same options")
+    cli.add_argument("--backbone", choices=("showo", "emu3"), default="emu3", help="whose layouts (emu3)")
+    cli.add_argument("--size", type=int, default=32, help="pixels a side (32)")
+    cli.add_argument("--image", default="vq", help="vq or lfq (trained), palette (k-means), or a tokenizer.pt (vq)")
+    cli.add_argument("--patch", type=int, default=4, help="pixels a side that one code stands for (4)")
+    cli.add_argument("--codes", type=int, default=1024, help="how many codes (1024)")
+    cli.add_argument("--width", type=int, default=48, help="channels of the VQ (48)")
+    cli.add_argument("--vq-steps", type=int, default=2000, help="training steps of the VQ (2000)")
+    cli.add_argument("--text", choices=("words", "bytes"), help="words of the data (emoji), or bytes (anything else)")
+    cli.add_argument("--text-length", type=int, help="text budget; longer texts are left out (words: the longest; "
+                                                     f"bytes: {BYTES})")
+    cli.add_argument("--held", type=float, default=0.05, help="share that is held out (0.05)")
+    cli.add_argument("--limit", type=int, help="the first so many entries; emoji: so many concepts")
+    cli.add_argument("--scenes", type=int, default=20_000, help="emoji: composed scenes (20000)")
+    cli.add_argument("--image-root", help="questions: the folder of the pictures (that of the .json)")
+    cli.add_argument("--seed", type=int, default=0, help="of the scenes, the codec and its training pictures (0)")
+    cli.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that read pictures (all cores)")
+    cli.add_argument("--device", help="cuda, mps or cpu for the VQ; found by itself when not given")
+    return cli
+
+
+def check(args) -> None:
+    """ValueError, FileNotFoundError or ImportError for what would fail later."""
+    for name in ("size", "patch", "codes", "width", "vq_steps", "workers", "limit", "text_length"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    if not 0 <= args.held < 1 or args.scenes < 0:
+        raise ValueError(f"expected 0 <= --held < 1 and --scenes of 0 or more, got {args.held} and {args.scenes}")
+    if args.sources == ["emoji"]:
+        check_size(args.size)
+    elif "emoji" in args.sources:
+        raise ValueError("emoji is a data set of its own: name no other source beside it (a folder: ./emoji)")
+    else:
+        for source in args.sources:
+            read_source(source, args.image_root)
+    if args.image in QUANTIZERS:
+        VQ(args.codes, args.patch, width=1, quantizer=QUANTIZERS[args.image])                # raises its own errors
+    elif args.image != "palette":
+        args.patch = load_codec(args.image).patch
+    if args.size % args.patch:
+        raise ValueError(f"--size {args.size} does not divide into patches of {args.patch} pixels")
+    find_device(args.device)
+    pillow()
+
+
+def begin(args, out: Path) -> dict:
+    """Makes OUT, or takes it up again; returns the options that matter. FileExistsError when it holds something else,
+    ValueError when it was begun with other options."""
+    options = {name: value for name, value in vars(args).items() if name not in ("out", "workers", "device")}
+    options["image"] = options["image"] if args.image in (*QUANTIZERS, "palette") else str(Path(args.image).resolve())
+    settings = out / "work" / "options.json"
+    if settings.exists() or (out / "dataset.json").exists():
+        before = (json.loads(settings.read_text()) if settings.exists()
+                  else json.loads((out / "dataset.json").read_text(encoding="utf-8")).get("options", {}))
+        for name, value in options.items():
+            if before.get(name) != value:
+                raise ValueError(f"{out} was begun with {name.replace('_', '-')} {before.get(name)}, not {value}: give "
+                                 "the same options, or another folder")
+        return options
+    if out.is_file() or any(path.is_file() and path.name != "options.json.tmp" for path in out.rglob("*")):
+        raise FileExistsError(f"{out} holds other things: choose a new or an empty folder")
+    settings.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(settings) as file:
+        json.dump(options, file)
+    return options
+
+
+def prepare(args) -> dict:
+    """All stages; returns the counts, {split: {task: n}}."""
+    check(args)
+    out = Path(args.out)
+    options = begin(args, out)
+    if (out / "dataset.json").exists() and (out / "skipped.txt").exists():
+        print(f"{out} is finished")
+        return json.loads((out / "dataset.json").read_text(encoding="utf-8"))["counts"]
+    chunks = Chunks(out / "work")
+    if not (chunks.folder / "pictures.done").exists():
+        read_pictures(args, chunks)
+        (chunks.folder / "pictures.done").touch()
+    numbers = by_split(chunks)
+    print(f"{chunks.starts[-1]} different pictures, {len(numbers['held'])} of them held out")
+    codec = make_codec(args, chunks, numbers["train"])
+    write_codes(chunks, codec)
+    quality = judge_codec(chunks, codec, numbers, out, args.seed)
+    tokenizer = make_tokenizer(args, chunks, codec)
+    about = {"options": options, "pictures": {split: len(those) for split, those in numbers.items()},
+             "reconstruction": quality}
+    if args.sources == ["emoji"]:
+        write_notice(out)
+        about["credits"] = list(CREDITS.values())
+    counts = write_data(chunks, tokenizer, out, about)
+    size = sum(path.stat().st_size for path in chunks.folder.iterdir())
+    print(f"{out}: " + ", ".join(f"{n} {split} {task}" for split in counts for task, n in counts[split].items())
+          + f"; vocabulary {tokenizer.vocab_size}, text budget {tokenizer.text_length}\n"
+          f"{chunks.folder} holds the pictures, {size / 1e6:.0f} MB, and can be deleted\n"
+          f"next: python train_full.py --data {out}")
+    return counts
+
+
+def main(argv=None) -> None:
+    args = parser().parse_args(argv)
+    try:
+        prepare(args)
+    except KeyboardInterrupt:
+        sys.exit("stopped: the same command goes on from here")
+    except (ValueError, FileNotFoundError, FileExistsError, ImportError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

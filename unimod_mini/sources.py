@@ -1,0 +1,185 @@
+"""What people bring: pictures with captions or questions, one reader a format, all behind the same stream.
+
+    folder with metadata.jsonl     {"file_name": "a/1.jpg", "text": "a sleeping cat"}, one a line (imagefolder)
+    folder with captions.csv       the columns file_name and text
+    folder of .tar, or one .tar    WebDataset as img2dataset writes it: 000000001.jpg, .txt, .json
+    questions.json or .jsonl       LLaVA: {"image": .., "conversations": [{"from": "human", "value": "<image> .."}, ..]}
+
+A caption gives two samples, draw it and describe it; a conversation gives one sample a turn. Departure from the usual:
+what cannot be used is part of the stream (`Skipped`), so that an entry has the same number whenever it is read.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import NamedTuple
+
+from .data import METADATA, _parse_line, check_row, read_image
+
+DESCRIBE = "describe ?"
+SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
+ACCEPTED = ("emoji, a folder with metadata.jsonl or captions.csv, a folder of .tar files, a .tar file, or a LLaVA "
+            ".json or .jsonl of questions")
+
+
+class Slice(NamedTuple):
+    """Bytes of a file, such as a picture in a tar."""
+    path: Path
+    offset: int
+    size: int
+
+
+class Item(NamedTuple):
+    key: str                       # names the picture, whatever folder the source lies in
+    picture: object                # Path, Slice, or uint8 array (H, W, 3)
+    texts: list                    # (task, question, answer)
+    split: str | None = None       # None: by the hash of the key
+    kind: str = ""                 # what a held-out sample tests
+
+
+class Skipped(NamedTuple):
+    key: str
+    why: str
+
+
+def share(*key) -> float:
+    """A number in [0, 1) that is the same for the same key on every machine."""
+    return int.from_bytes(hashlib.sha256("\0".join(key).encode()).digest()[:8]) / 2**64
+
+
+def captioned(key: str, picture, text: str) -> Item:
+    """A picture to draw from its caption, and to describe by it."""
+    return Item(key, picture, [("t2i", text, ""), ("mmu", DESCRIBE, text)])
+
+
+def read_source(source: str, image_root: str | None = None):
+    """The stream of a source: an iterator of Item and Skipped. ValueError or FileNotFoundError when it is no source."""
+    path = Path(source)
+    if path.is_dir():
+        for name, reader in ((METADATA, image_folder), ("captions.csv", captions_csv)):
+            if (path / name).is_file():
+                return reader(path)
+        if tars := sorted(path.glob("*.tar")):
+            return (entry for tar in tars for entry in webdataset(tar))
+    elif not path.exists():
+        raise FileNotFoundError(f"{source} does not exist; a source is {ACCEPTED}")
+    elif path.suffix == ".tar":
+        return webdataset(path)
+    elif path.suffix in (".json", ".jsonl"):
+        return conversations(path, Path(image_root or path.parent))
+    raise ValueError(f"{source} is no source that can be read: expected {ACCEPTED}")
+
+
+def rows_of(rows, folder: Path, check):
+    """(where, row) pairs -> entries, by a function that checks a row."""
+    for where, row in rows:
+        try:
+            path, text = check(row, folder, where)
+        except (ValueError, FileNotFoundError) as error:
+            yield Skipped(where, str(error).removeprefix(f"{where}: "))
+        else:
+            yield captioned(path.relative_to(folder).as_posix(), path, text)
+
+
+def image_folder(folder: Path):
+    """metadata.jsonl, line by line."""
+    with open(folder / METADATA, "rb") as file:            # bytes: a caption may hold U+2028, which is no end of a line
+        lines = ((f"{METADATA}, line {n}", line) for n, line in enumerate(file, start=1) if line.strip())
+        yield from rows_of(lines, folder, _parse_line)
+
+
+def captions_csv(folder: Path):
+    """captions.csv, row by row; ValueError when the columns are not named."""
+    with open(folder / "captions.csv", newline="", encoding="utf-8-sig", errors="replace") as file:
+        table = csv.DictReader(file)
+        if not {"file_name", "text"} <= set(table.fieldnames or ()):
+            raise ValueError(f"{folder / 'captions.csv'}: the first line must name the columns file_name and text, it "
+                             f"has {table.fieldnames}")
+        yield from rows_of(((f"captions.csv, line {table.line_num}", row) for row in table), folder, check_row)
+
+
+def webdataset(tar: Path):
+    """The samples of a tar: neighbouring files that are called the same up to the first dot."""
+    try:
+        with tarfile.open(tar, "r:") as archive:           # plain: whoever decodes a picture reads it by its place
+            key, parts = None, {}
+            for part in archive:
+                folder, _, name = part.name.rpartition("/")
+                stem, _, suffix = name.partition(".")
+                if not part.isfile() or not stem:
+                    continue
+                if (folder, stem) != key and parts:
+                    yield tar_sample(tar, archive, "/".join((tar.name, *filter(None, key))), parts)
+                    parts = {}
+                key, parts[suffix.lower()] = (folder, stem), part
+            if parts:
+                yield tar_sample(tar, archive, "/".join((tar.name, *filter(None, key))), parts)
+    except (tarfile.TarError, OSError, EOFError) as error:
+        yield Skipped(tar.name, f"the rest of it cannot be read ({error}); expected a tar without compression")
+
+
+def tar_sample(tar: Path, archive, key: str, parts: dict):
+    """{suffix: member} -> Item or Skipped. The caption is the .txt, else "caption" in the .json."""
+    picture = next((parts[suffix] for suffix in SUFFIXES if suffix in parts), None)
+    if picture is None:
+        return Skipped(key, f"no picture among .{', .'.join(parts)}")
+    read = lambda suffix: archive.extractfile(parts[suffix]).read().decode("utf-8", errors="replace")
+    text = read("txt").strip() if "txt" in parts else ""
+    if not text and "json" in parts:
+        try:
+            text = str(json.loads(read("json")).get("caption") or "").strip()
+        except (ValueError, AttributeError):
+            return Skipped(key, "its .json is no JSON object")
+    return captioned(key, Slice(tar, picture.offset_data, picture.size), text) if text else Skipped(key, "no caption")
+
+
+def conversations(path: Path, root: Path):
+    """LLaVA's questions; pictures are looked for in `root`. ValueError when the file is no list of objects."""
+    if path.suffix == ".jsonl":
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield conversation(line, root, f"{path.name}, line {number}")
+        return
+    try:
+        entries = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error})") from error
+    if not isinstance(entries, list):
+        raise ValueError(f"{path} must hold a list of conversations, it holds a {type(entries).__name__}")
+    for number, entry in enumerate(entries):
+        yield conversation(entry, root, f"{path.name}, entry {number}")
+
+
+def conversation(entry, root: Path, where: str):
+    """An entry (or its JSON) -> Item or Skipped: one question and its answer a turn."""
+    try:
+        entry = json.loads(entry) if isinstance(entry, bytes) else entry
+        picture, _ = check_row({"file_name": entry.get("image"), "text": "-"}, root, where)
+        said = [(turn["from"], turn["value"].replace("<image>", "").strip()) for turn in entry["conversations"]]
+    except (ValueError, FileNotFoundError, LookupError, TypeError, AttributeError) as error:
+        return Skipped(where, f"{error}".removeprefix(f"{where}: ").replace('"file_name"', '"image"'))
+    asked, answered = said[::2], said[1::2]
+    fits = {who for who, _ in asked} <= {"human", "user"} and {who for who, _ in answered} <= {"gpt", "assistant"}
+    if not said or len(said) % 2 or not fits:
+        return Skipped(where, f"turns must go human, gpt, human, gpt: not {', '.join(str(who) for who, _ in said)}")
+    texts = [("mmu", question, answer) for (_, question), (_, answer) in zip(asked, answered)]
+    return Item(picture.relative_to(root).as_posix(), picture, texts)
+
+
+def decode(job):
+    """(item, size) -> the bytes of its uint8 (size, size, 3) picture, or a text that says why there is none."""
+    (key, picture, *_), size = job
+    if not isinstance(picture, (Path, Slice)):
+        return picture.tobytes()
+    try:
+        if isinstance(picture, Path):
+            return read_image(picture, size, key).numpy().tobytes()
+        with open(picture.path, "rb") as file:
+            file.seek(picture.offset)
+            return read_image(io.BytesIO(file.read(picture.size)), size, key).numpy().tobytes()
+    except (ValueError, OSError) as error:
+        return str(error).removeprefix(f"{key}: ")
