@@ -31,6 +31,7 @@ from benchmarks.growth import counted_equal_at, draw, laws  # noqa: E402
 from benchmarks.text_models import TextModel  # noqa: E402
 from benchmarks.timing import Step, has_sync, race  # noqa: E402
 from unimod_mini import Batch, ModelConfig, Plan, UnifiedTransformer, count_flops, flops_ratio  # noqa: E402
+from unimod_mini.flops import peak_flops  # noqa: E402
 from unimod_mini.memory import activation_bytes  # noqa: E402
 from unimod_mini.published import bisect  # noqa: E402
 from unimod_mini.trainer import find_device, precision, seed_everything  # noqa: E402
@@ -38,7 +39,6 @@ from unimod_mini.trainer import find_device, precision, seed_everything  # noqa:
 SAVINGS = (0.15, 0.40, 0.60)
 IMAGE = 1026 / 1408                # share of a Show-o sequence that is soi..eoi: 512 pixels, as it was trained
 FLOOR, CEILING = 0.1, 0.999        # keeps that a plan may have in its routed layers
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}       # bf16 FLOPs a second, dense; H100 and H200 as SXM
 LENGTHS = (256, 512, 1024, 2048, 4096)
 SIZES = {"width": 384, "layers": 8, "length": 512, "batch": 4, "seconds": 60.0}
 QUICK = {"width": 64, "layers": 4, "length": 128, "batch": 2, "seconds": 0.2}
@@ -137,14 +137,6 @@ def make_batch(config: ModelConfig, task: str, batch: int, length: int, device, 
 # --------------------------------------------------------------------------------------------------------------
 # The table
 # --------------------------------------------------------------------------------------------------------------
-
-def peak_flops(name: str) -> float | None:
-    """bf16 FLOPs a second of a CUDA device by its name, None where the table does not know it."""
-    words = name.replace("-", " ").split()
-    if {"H100", "H200"} & set(words) and {"PCIe", "NVL"} & set(words):
-        return None                                        # slower than the SXM modules
-    return next((peak for word, peak in PEAKS.items() if word in words), None)
-
 
 def costs(config: ModelConfig, plan: Plan | None, name: str, row: dict, peak: float | None) -> dict:
     """Tokens a second, MFU and, where no peak was measured, the bytes of activations of one twin."""

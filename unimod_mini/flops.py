@@ -25,6 +25,17 @@ from .transformer import PRESETS, ModelConfig
 PARTS = ("embedding", "projections", "scores", "mlp", "router", "predictor", "head")   # embedding: a look-up, 0 FLOPs
 
 
+PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}       # bf16 FLOPs a second, dense; H100 and H200 as SXM
+
+
+def peak_flops(name: str) -> float | None:
+    """bf16 FLOPs a second of a CUDA device by its name, None where the table does not know it."""
+    words = name.replace("-", " ").split()
+    if {"H100", "H200"} & set(words) and {"PCIe", "NVL"} & set(words):
+        return None                                        # slower than the SXM modules
+    return next((peak for word, peak in PEAKS.items() if word in words), None)
+
+
 class Flops(NamedTuple):
     total: int
     by_layer: list     # one int a layer, head apart

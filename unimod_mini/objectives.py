@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .routers import MEMBERSHIP_WEIGHT, predictor_loss
 from .tokenizer import IGNORE, Batch, Tokenizer
@@ -67,3 +67,34 @@ def task_losses(model, batch: Batch, task: str) -> Losses:
     weight = MEMBERSHIP_WEIGHT[model.config.membership]
     membership = weight * torch.stack(routed).mean() if routed else out.logits.new_zeros(())
     return Losses(cross_entropy(out.logits, batch.labels), membership)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Several micro-batches, several ranks: one loss
+# --------------------------------------------------------------------------------------------------------------
+
+def token_counts(batch: Batch) -> tuple[int, int]:
+    """(labelled tokens, valid tokens) of a batch on the CPU: what its two losses are means over."""
+    return int((batch.labels != IGNORE).sum()), int(batch.ids.numel() if batch.valid is None else batch.valid.sum())
+
+
+class Objective(nn.Module):
+    """The losses of every task in one forward, so that one backward (and one exchange of gradients) holds all tasks.
+
+    forward({task: Batch}, {task: (a, b)}) -> loss, a scalar, and {task: (a x task loss, b x predictor loss)} detached, (2,).
+    a and b: this batch's part of the labelled and of the valid tokens of a whole step. The means over the step are then
+    plain sums over micro-batches and ranks, however the tokens are spread over them.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batches: dict, parts: dict) -> tuple[Tensor, dict]:
+        loss, shown = 0.0, {}
+        for task, batch in batches.items():
+            task_loss, predictor = task_losses(self.model, batch, task)
+            a, b = parts[task]
+            loss = loss + TASK_WEIGHTS[task] * a * task_loss + b * predictor
+            shown[task] = torch.stack((a * task_loss, b * predictor)).detach()
+        return loss, shown

@@ -57,7 +57,11 @@ def orthogonal(matrices: torch.Tensor, rounds: int = 5) -> torch.Tensor:
 
 class Muon(torch.optim.Optimizer):
     """torch.optim.Muon's rule (Nesterov momentum, orthogonalised, times sqrt(max(1, rows / columns)), decoupled decay),
-    with matrices of one shape taken together: on a CPU a step of the toy costs a tenth of its forward and backward."""
+    with matrices of one shape taken together: on a CPU a step of the toy costs a tenth of its forward and backward.
+
+    found_inf: None, or a scalar on the device; where it is 1 a step changes nothing (as in torch's fused AdamW).
+    """
+    found_inf = None
 
     def __init__(self, params, lr: float, weight_decay: float = 0.01, momentum: float = 0.95):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
@@ -72,20 +76,25 @@ class Muon(torch.optim.Optimizer):
                     if not self.state[p]:
                         self.state[p]["momentum"] = torch.zeros_like(p)
             for (rows, columns), params in shapes.items():
-                grads, buffers = [p.grad for p in params], [self.state[p]["momentum"] for p in params]
+                buffers, grads, go = [self.state[p]["momentum"] for p in params], [p.grad for p in params], 1.0
+                if self.found_inf is not None:             # the buffer as its own gradient leaves the buffer as it is
+                    grads, go = [torch.where(self.found_inf > 0, *both) for both in zip(buffers, grads)], 1 - self.found_inf
                 torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
                 nesterov = torch._foreach_lerp(grads, buffers, group["momentum"])
-                updates = orthogonal(torch.stack(nesterov)).to(params[0].dtype).unbind()
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                updates = (orthogonal(torch.stack(nesterov)).to(params[0].dtype) * go).unbind()
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"] * go)
                 torch._foreach_add_(params, updates, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
 
-def make_optimizers(model: nn.Module, lr: float = 0.02, lr_rest: float = 3e-3) -> list:
-    """Muon on the hidden matrices of the blocks, AdamW on everything else (embeddings, head, norms, routers)."""
+def make_optimizers(model: nn.Module, lr: float = 0.02, lr_rest: float = 3e-3, **adamw) -> list:
+    """Muon on the hidden matrices of the blocks, AdamW on everything else (embeddings, head, norms, routers).
+
+    adamw: keyword arguments of AdamW instead of those of the toy.
+    """
     hidden = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
     ids = {id(p) for p in hidden}
     rest = [p for p in model.parameters() if id(p) not in ids]
-    return [Muon(hidden, lr), torch.optim.AdamW(rest, lr=lr_rest, betas=(0.9, 0.99), weight_decay=0.01)]
+    return [Muon(hidden, lr), torch.optim.AdamW(rest, lr=lr_rest, **{"betas": (0.9, 0.99), "weight_decay": 0.01, **adamw})]
 
 
 def learning_rate(step: int, steps: int, warmup: int = 20, decay: float = 0.0) -> float:

@@ -1,0 +1,86 @@
+"""Processes for the tests of train_full.py, started as torchrun starts them: forked from a server that has torch loaded."""
+import multiprocessing
+import os
+import signal
+import socket
+from contextlib import closing, contextmanager
+from dataclasses import replace
+
+import torch
+
+import train_full as full
+from unimod_mini.objectives import Objective
+from unimod_mini.run import Run
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["train_full", "launch"])
+
+
+def free_port():
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def changed(*changes, rank=0):
+    """float32 and few samples everywhere, and what a test wants: "dropout", or ("term", "fail" or "nan", steps, rank).
+
+    term: this rank gets a SIGTERM after the step; fail: an error; nan: the loss of that step is no number on this rank.
+    """
+    kept = torch.cpu._is_avx512_bf16_supported, Run.advance, full.model_config, Objective.forward
+    full.SWITCH, full.SHOWN, full.CALIBRATION = {"t2i": 6, "mmu": 6}, 1, 4
+    torch.cpu._is_avx512_bf16_supported = lambda: False
+    here, now = {what: steps for what, steps, on in (c for c in changes if c != "dropout") if on == rank}, [0]
+
+    def advance(run, *given):
+        now[0] = run.step + 1
+        out = kept[1](run, *given)
+        if run.step in here.get("term", ()):
+            os.kill(os.getpid(), signal.SIGTERM)
+        if run.step in here.get("fail", ()):
+            raise ValueError("this rank fails")
+        return out
+
+    def forward(objective, *given):
+        loss, shown = kept[3](objective, *given)
+        return loss * (torch.nan if objective.training and now[0] in here.get("nan", ()) else 1.0), shown
+
+    Run.advance, Objective.forward = advance, forward
+    if "dropout" in changes:
+        full.model_config = lambda *given: replace(kept[2](*given), attention_dropout=0.2)
+    try:
+        yield
+    finally:
+        torch.cpu._is_avx512_bf16_supported, Run.advance, full.model_config, Objective.forward = kept
+
+
+def work(rank, world, ports, jobs):
+    """One process: every job after the other, (argv, changes). What it prints goes to OUT/rank-0.log .."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1")
+    for port, (argv, changes) in zip(ports, jobs):
+        os.environ["MASTER_PORT"] = str(port)
+        out = argv[argv.index("--out") + 1]
+        os.makedirs(out, exist_ok=True)
+        log = os.open(os.path.join(out, f"rank-{rank}.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1), os.dup2(log, 2)
+        with changed(*changes, rank=rank):
+            full.main(argv)
+
+
+def start(world, jobs):
+    """The running processes of `world` ranks."""
+    ports = [free_port() for _ in jobs]
+    processes = [CONTEXT.Process(target=work, args=(rank, world, ports, jobs), daemon=True) for rank in range(world)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def finish(processes, seconds=120):
+    """Their exit codes; AssertionError for one that hangs."""
+    for process in processes:
+        process.join(seconds)
+        assert process.exitcode is not None, "a process hangs"
+    return [process.exitcode for process in processes]

@@ -1,0 +1,498 @@
+"""train_full.py: the same numbers in one process and in many, runs that survive anything, and errors that say what to do."""
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import train_full as full
+from helpers import build, plans, tiny
+from launch import changed, finish, start
+from unimod_mini import (Palette, Plan, Tokenizer, UnifiedTransformer, WordText, checkpoints, generate_image, load_checkpoint,
+                         save_checkpoint)
+from unimod_mini.distributed import Ranks, freeze_unused
+from unimod_mini.journal import Journal, cut_back
+from unimod_mini.objectives import IGNORE, TASK_WEIGHTS, Objective, task_losses
+from unimod_mini.run import Run, share_out
+from unimod_mini.settings import overrides
+from unimod_mini.shards import write_shards
+from unimod_mini.tokenizer import Batch
+
+TINY = ["--preset", "tiny", "--t2i", "4", "--mmu", "4", "--log-every", "1", "--eval-samples", "8"]
+SHORT = [*TINY, "--steps", "10", "--dense", "0.6"]
+STOP = [*TINY, "--steps", "6", "--dense", "0.5", "--ema", "0.9"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A small data set of each backbone: pictures of 2 x 2 codes, captions, and questions that name one of them."""
+    made, words = {}, "a b c d e f g".split()
+    for backbone in ("showo", "emu3"):
+        made[backbone] = tmp_path_factory.mktemp(backbone) / "data"
+        tokenizer = Tokenizer(backbone, WordText([*words, "USER:", "ASSISTANT:", "2*2"]), Palette(torch.arange(84).view(7, 2, 2, 3)),
+                              (2, 2), 6, "USER:", "ASSISTANT:")
+        samples = {}
+        for split, n in (("train", 60), ("held", 10)):
+            pictures = torch.randint(7, (n, 2, 2), generator=torch.Generator().manual_seed(n))
+            named = [[words[code] for code in picture.flatten()] for picture in pictures]
+            samples[split] = {"t2i": [(" ".join(name), "", codes) for name, codes in zip(named, pictures)],
+                              "mmu": [(name[0], name[3], codes) for name, codes in zip(named, pictures)]}
+        write_shards(made[backbone], tokenizer, samples)
+    return made
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """A run that nothing stopped, with dropout and an average of the weights, and a checkpoint after every step."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    run(out, data["showo"], *STOP, "--save-every", "1", "--keep", "9", changes=["dropout"])
+    return out
+
+
+def run(out, data, *more, changes=()):
+    """train_full.main in this process, in float32."""
+    with changed(*changes):
+        return full.main(["--data", str(data), "--out", str(out), *more])
+
+
+def rows(out, *names):
+    """The figures of these names in metrics.jsonl, in order."""
+    read = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [tuple(row[name] for name in names) for row in read if names[0] in row]
+
+
+def same_weights(one, two):
+    first, second = (torch.load(Path(out) / "model.pt", weights_only=True) for out in (one, two))
+    return first["plan"] == second["plan"] and first["model"].keys() == second["model"].keys() and all(
+        torch.equal(first["model"][name], second["model"][name]) for name in first["model"])
+
+
+# ---------------------------------------------------------------- the same numbers, however they are computed
+
+@pytest.fixture(scope="module")
+def many(data, tmp_path_factory):
+    """All that two processes have to do, in one launch: {name: folder}."""
+    root, jobs = tmp_path_factory.mktemp("many"), []
+
+    def job(name, given, backbone="emu3", changes=()):
+        argv = ["--data", data[backbone], "--out", root / name, "--resume", "auto", *given]
+        jobs.append((list(map(str, argv)), changes))
+
+    for parallel, backbone in (("ddp", "showo"), ("ddp", "emu3"), ("fsdp", "showo"), ("fsdp", "emu3")):
+        job(f"{backbone}-{parallel}", [*SHORT, "--parallel", parallel], backbone)
+    job("emu3-accumulate", [*SHORT, "--accumulate", "2"])
+    job("showo-accumulate", [*SHORT, "--accumulate", "2", "--parallel", "fsdp"], "showo")
+    for parallel, step in (("ddp", 2), ("fsdp", 4)):       # in the dense stage, and after the layer switch
+        stop = [*STOP, "--parallel", parallel]
+        job(f"{parallel}-whole", stop, changes=["dropout"])
+        job(f"{parallel}-stopped", stop, changes=["dropout", ("term", [step], 1)])
+        job(f"{parallel}-stopped", stop, changes=["dropout"])
+    job("nan", [*TINY, "--steps", "4"], changes=[("nan", [2, 3], 1)])
+    assert finish(start(2, jobs), 300) == [0, 0], max(root.glob("*/rank-*.log"), key=os.path.getmtime).read_text()[-3000:]
+    return root
+
+
+@pytest.mark.parametrize("backbone", ("showo", "emu3"))
+def test_one_process_ddp_fsdp_and_accumulation_give_the_same_losses(data, many, tmp_path, backbone):
+    """Ten steps with the layer switch in the middle: every loss, norm and held-out loss to 1e-5, and the same plan."""
+    run(tmp_path / "one", data[backbone], *SHORT)
+    run(tmp_path / "two", data[backbone], *SHORT, "--accumulate", "2")
+    run(tmp_path / "again", data[backbone], *SHORT, "--activation-checkpointing")
+    others = [tmp_path / "two", tmp_path / "again", *(many / f"{backbone}-{name}" for name in ("ddp", "fsdp", "accumulate"))]
+    names = "loss_t2i", "loss_mmu", "predictor_t2i", "predictor_mmu", "norm", "lr", "step"
+    steps, held = rows(tmp_path / "one", *names), rows(tmp_path / "one", "held_t2i", "held_mmu")
+    assert [step[-1] for step in steps] == list(range(1, 11)) and len(held) == 1
+    assert steps[0][2] == 0 < steps[-1][2] and steps[-1][0] < steps[0][0]    # dense, then routed; it learns
+    for other in others:
+        for one, two in zip(steps + held, rows(other, *names) + rows(other, "held_t2i", "held_mmu"), strict=True):
+            assert two == pytest.approx(one, abs=1e-5, rel=1e-5), other
+        assert (other / "plan.json").read_text() == (tmp_path / "one" / "plan.json").read_text()
+
+
+@settings(max_examples=15)
+@given(st.integers(0, 2**32), st.integers(1, 4), st.sampled_from(("showo", "emu3")))
+def test_losses_of_micro_batches_add_up_to_those_of_the_step(seed, pieces, backbone):
+    """However labels and padding are spread over micro-batches: losses and gradients are those of one batch."""
+    config = tiny(backbone)
+    generator = torch.Generator().manual_seed(seed)
+    model = build(config, Plan({"t2i": (1, .5, 1), "mmu": (.4, 1, 1)}), seed)
+    objective, micros = Objective(model), []
+    for _ in range(pieces):
+        micro = {}
+        for task in ("t2i", "mmu"):
+            ids = torch.randint(20, (2, 6), generator=generator)
+            valid = torch.arange(6) < torch.randint(1, 7, (2, 1), generator=generator)
+            hidden = torch.rand(2, 6, generator=generator) < 0.5
+            micro[task] = Batch(ids, None, valid, ids.masked_fill(hidden | ~valid, IGNORE))
+        micros.append(micro)
+    parts, stop = share_out(micros)
+    whole = {task: Batch(*(None if fields[0] is None else torch.cat(fields) for fields in zip(*(m[task] for m in micros))))
+             for task in micros[0]}
+    expected = {task: task_losses(model, batch, task) for task, batch in whole.items()}
+    loss = sum(TASK_WEIGHTS[task] * losses.task + losses.predictor for task, losses in expected.items())
+    wanted = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, materialize_grads=True)
+    shown = [objective(micro, part) for micro, part in zip(micros, parts)]
+    got = torch.autograd.grad(sum(one[0] for one in shown), list(model.parameters()), allow_unused=True, materialize_grads=True)
+    assert not stop and all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(got, wanted, strict=True))
+    for task, losses in expected.items():
+        assert torch.allclose(sum(one[1][task] for one in shown), torch.stack(losses).detach(), rtol=1e-5)
+
+
+@settings(max_examples=40)
+@given(plans(), st.sampled_from(("predictor", "router")), st.integers(1, 9), st.booleans())
+def test_what_is_not_frozen_has_a_gradient(plan, membership, length, both):
+    """For every plan: requires_grad exactly where a backward of all tasks leaves a gradient, so plain DDP never waits."""
+    tasks = ("t2i", "mmu") if both else ("mmu",)
+    model = UnifiedTransformer(tiny("emu3", membership=membership), plan)
+    freeze_unused(model, dict.fromkeys(tasks, length))
+    ids = torch.randint(20, (2, length))
+    loss, _ = Objective(model)({task: Batch(ids, None, None, ids) for task in tasks}, dict.fromkeys(tasks, (1.0, 1.0)))
+    loss.backward()
+    assert [p.requires_grad for p in model.parameters()] == [p.grad is not None for p in model.parameters()]
+
+
+# ---------------------------------------------------------------- stopping, and going on
+
+def test_stopped_anywhere_and_resumed_gives_the_same_bits(data, whole, tmp_path):
+    """One process that lost all after step s goes on to the weights, bit by bit, and the rows of metrics of the run that
+    nothing stopped."""
+    names = "loss_t2i", "loss_mmu", "norm", "lr", "step"
+    assert len(list((whole / "checkpoints").iterdir())) == 6 and len(rows(whole, *names)) == 6
+    for step in range(1, 7):
+        out = tmp_path / str(step)
+        shutil.copytree(whole, out, ignore=lambda _, names: [n for n in names if n.startswith("step-") and int(n[5:13]) > step])
+        (out / "model.pt").unlink()
+        result = run(out, data["showo"], *STOP, "--resume", "auto", changes=["dropout"])
+        assert result["step"] == 6 and same_weights(out, whole) and rows(out, *names) == rows(whole, *names)
+
+
+def test_a_sigterm_saves_the_step_at_hand(data, whole, tmp_path, capsys):
+    """Nothing is lost, model.pt is not written yet, and the run that goes on ends as the one that nothing stopped."""
+    stopped = run(tmp_path, data["showo"], *STOP, changes=["dropout", ("term", [3], 0)])
+    assert stopped["step"] == 3 and not (tmp_path / "model.pt").exists()
+    assert "stopped by SIGTERM after 3 steps and saved: --resume auto goes on" in capsys.readouterr().out
+    run(tmp_path, data["showo"], *STOP, "--resume", "auto", changes=["dropout"])
+    assert same_weights(tmp_path, whole)
+
+
+@pytest.mark.parametrize("parallel, step", (("ddp", 2), ("fsdp", 4)))
+def test_two_processes_stopped_and_resumed_give_the_same_bits(many, parallel, step):
+    """A SIGTERM of one rank stops both after the same step; each goes on with its own dropout."""
+    assert f"stopped by SIGTERM after {step} steps" in (many / f"{parallel}-stopped" / "rank-0.log").read_text()
+    assert same_weights(many / f"{parallel}-stopped", many / f"{parallel}-whole")
+    assert rows(many / f"{parallel}-stopped", "loss_t2i", "norm") == rows(many / f"{parallel}-whole", "loss_t2i", "norm")
+
+
+def test_a_checkpoint_of_two_ranks_goes_on_in_one(data, many, tmp_path):
+    """Ten steps in two processes, with FSDP or DDP, or in one, and two more in one: the same losses."""
+    run(tmp_path / "one", data["emu3"], *SHORT)
+    shutil.copytree(many / "emu3-fsdp", tmp_path / "fsdp")
+    shutil.copytree(many / "emu3-ddp", tmp_path / "ddp")
+    for out in (tmp_path / "one", tmp_path / "fsdp", tmp_path / "ddp"):
+        assert run(out, data["emu3"], *SHORT[:-4], "--steps", "12", "--dense", "0.6", "--resume", "auto")["step"] == 12
+        losses = sum(rows(out, "loss_t2i", "loss_mmu", "norm")[10:] + rows(out, "held_t2i", "held_mmu")[1:], ())
+        assert len(losses) == 8 and losses == pytest.approx(losses if out.name == "one" else expected, abs=1e-5)
+        expected = losses
+
+
+# ---------------------------------------------------------------- killed
+
+def test_kill_at_random_moments(data, tmp_path):
+    """Two processes; one of them, at random, is killed at a random moment (SOAK=20: that often, else 3 times). The other
+    ends by itself with an error; the next start goes on; in the end the weights and the metrics are those of a run
+    that nobody touched."""
+    argv = [*TINY, "--steps", "12", "--dense", "0.5", "--save-every", "2", "--resume", "auto", "--timeout", "0.3"]
+
+    def job(name):
+        return [(["--data", str(data["emu3"]), "--out", str(tmp_path / name), *argv], ())]
+
+    began = time.perf_counter()
+    assert finish(start(2, job("whole"))) == [0, 0]
+    seconds, rng = time.perf_counter() - began, random.Random()
+    for number in range(int(os.environ.get("SOAK", 3))):
+        processes = start(2, job("killed"))
+        time.sleep(rng.uniform(0, seconds))
+        victim, other = rng.sample(processes, 2)
+        victim.kill()
+        codes = finish([victim, other], 60)
+        assert codes in ([-signal.SIGKILL, 1], [0, 0], [-signal.SIGKILL, 0]), codes      # it may have been over already
+    assert finish(start(2, job("killed"))) == [0, 0]
+    assert same_weights(tmp_path / "killed", tmp_path / "whole")
+    names = "loss_t2i", "loss_mmu", "norm", "step"
+    assert rows(tmp_path / "killed", *names) == rows(tmp_path / "whole", *names)
+    assert not list((tmp_path / "killed").glob("**/*.tmp"))
+
+
+def test_a_rank_that_fails_ends_the_job(data, tmp_path):
+    """An error on one rank: both processes end soon, with a code that is not 0, and the error is in that rank's output."""
+    argv = ["--data", str(data["emu3"]), "--out", str(tmp_path), *SHORT]
+    assert finish(start(2, [(argv, [("fail", [2], 1)])]), 60) == [1, 1]
+    assert "this rank fails" in (tmp_path / "rank-1.log").read_text()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="children are found in /proc")
+def test_torchrun_and_a_sigterm(data, tmp_path):
+    """torchrun train_full.py: a SIGTERM of one of its two processes saves a checkpoint and everything exits with 0."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train_full.py", "--data",
+               str(data["showo"]), "--out", str(tmp_path), *TINY, "--steps", "100000", "--dense", "1"]
+    process = subprocess.Popen(command, cwd=Path(full.__file__).parent, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    shown = []
+    for text in process.stdout:
+        shown.append(text)
+        if text.startswith("step 2/"):
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            os.kill(int(children[-1]), signal.SIGTERM)
+    assert process.wait(60) == 0, "".join(shown)
+    stopped = next(text for text in shown if text.startswith("stopped by SIGTERM after"))
+    assert checkpoints.broken(tmp_path / "checkpoints" / f"step-{int(stopped.split()[4]):08d}") is None
+
+
+# ---------------------------------------------------------------- checkpoints
+
+def damage(path, how):
+    """Cut a file of a checkpoint short, or take one away."""
+    file = path / how if (path / how).exists() else next(path.glob("*.distcp"))
+    if how == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-5])
+
+
+@pytest.mark.parametrize("how", ("run.json", "rng-0.pt", ".metadata", "tensors", "gone"))
+def test_a_checkpoint_cut_short_is_passed_over(data, whole, tmp_path, capsys, how):
+    """The newest checkpoint lacks bytes or a file: a warning names it, the one before it is taken, and the end is the same."""
+    shutil.copytree(whole, tmp_path / "out")
+    damage(tmp_path / "out" / "checkpoints" / "step-00000006", how)
+    run(tmp_path / "out", data["showo"], *STOP, "--resume", "auto", changes=["dropout"])
+    out, err = capsys.readouterr()
+    assert "warning: " in err and "step-00000006 was cut short" in err and "step-00000005, 5 of 6 steps done" in out
+    assert same_weights(tmp_path / "out", whole)
+
+
+def test_the_last_checkpoints_and_the_best_are_kept(tmp_path):
+    """prune leaves the last `keep` and the lowest held-out loss; unfinished folders are swept away by newest."""
+    for step, held in enumerate((3.0, 1.0, None, float("nan"), 2.0, 2.5)):
+        path = tmp_path / f"step-{step:08d}"
+        path.mkdir()
+        (path / "run.json").write_text(json.dumps({"step": step, "held": held, "sizes": {}}))
+    (tmp_path / "step-00000009.tmp").mkdir()
+    checkpoints.prune(tmp_path, 2)
+    assert checkpoints.newest(tmp_path).name == "step-00000005"
+    assert sorted(path.name[-1] for path in tmp_path.iterdir()) == ["1", "4", "5"]
+
+
+def test_the_last_model_is_a_model(data, tmp_path):
+    """model.pt: what load_checkpoint reads, with the tokenizer and what drawing needs; calibrated for causal routing."""
+    run(tmp_path, data["showo"], *SHORT)
+    model, stored = load_checkpoint(tmp_path / "model.pt")
+    tokenizer = Tokenizer.from_state(stored["tokenizer"])
+    assert model.plan == Plan.load(tmp_path / "plan.json") and any(threshold != 0 for threshold in model.buffers())
+    assert generate_image(model, tokenizer, "a b", **stored["drawing"] | {"steps": 2}).dtype == torch.uint8
+    assert json.loads((tmp_path / "config.json").read_text())["steps"] == 10
+    assert [path.name for path in sorted((tmp_path / "samples").iterdir())][-1] == "step-00000010.txt"
+
+
+@pytest.mark.parametrize("backbone", ("showo", "emu3"))
+def test_init_takes_the_weights_and_nothing_else(data, tmp_path, backbone):
+    """--init with --plan: every weight but the routers' is the checkpoint's, bit by bit, the plan is the given one."""
+    with changed():
+        shards = full.Shards(data[backbone])
+        old = build(full.model_config("tiny", shards.tokenizer), Plan({"t2i": (.3, 1), "mmu": (1, 1)}), dtype=torch.float32)
+        save_checkpoint(tmp_path / "old.pt", old)
+        plan = Plan({"t2i": (.5, 1), "mmu": (.4, 0)})
+        plan.save(tmp_path / "plan.json")
+        config = full.parse(["--data", str(data[backbone]), "--out", str(tmp_path / "out"), *TINY, "--init",
+                             str(tmp_path / "old.pt"), "--plan", str(tmp_path / "plan.json")])
+        run = full.begin(full.make_job(config, Ranks(0, 1, 0), torch.device("cpu")))
+    assert run.stage == "unimod" and run.model.plan == plan
+    for name, weight in run.model.state_dict().items():
+        if name.startswith("routers."):
+            assert "score" not in name or not weight.any()
+        else:
+            assert torch.equal(weight, old.state_dict()[name])
+
+
+# ---------------------------------------------------------------- steps that are no numbers
+
+@pytest.mark.parametrize("optimizer", ("adamw", "muon"))
+def test_a_step_that_is_not_finite_changes_nothing(data, optimizer):
+    """Weights, optimisers' state and the count of updates stay as they are, to the bit; the next step works again."""
+    config = full.parse(["--data", str(data["emu3"]), *TINY, "--optimizer", optimizer, "--seed", "5"])
+    with changed(("nan", [2, 3], 0)):
+        job = full.make_job(config, Ranks(0, 1, 0), torch.device("cpu"))
+        run = full.begin(job)
+        states = []
+        for step in range(4):
+            batches = job.loader.batches(step)
+            run.advance(batches, share_out(batches)[0])
+            states.append({name: tensor.clone() for name, tensor in run.tensors().items() if not name.startswith("count.")})
+            assert run.skipped.tolist() == [[0, 0], [1, 1], [2, 2], [0, 2]][step]
+    same = [all(torch.equal(one[name], two[name]) for name in one) for one, two in zip(states, states[1:])]
+    assert same == [True, True, False] and all(tensor.isfinite().all() for tensor in states[-1].values())
+
+
+def test_ranks_skip_the_same_steps(many):
+    """A loss that is no number on the second rank alone: both skip, count it once, and go on alike."""
+    assert [row[0] for row in rows(many / "nan", "skipped")] == [0, 1, 2, 2]
+    assert all(value == value for row in rows(many / "nan", "held_t2i", "held_mmu") for value in row)
+
+
+def test_a_run_of_skipped_steps_ends_with_what_to_look_at(data, tmp_path):
+    """After five in a row the run stops; its checkpoint is from before."""
+    with pytest.raises(full.Diverged, match=r"the last 5 steps had a loss .* not finite .* those of step 2\..* --lr"):
+        run(tmp_path, data["emu3"], *SHORT, "--save-every", "2", changes=[("nan", range(3, 99), 0)])
+    assert rows(tmp_path, "skipped")[-1] == (5,)
+
+
+# ---------------------------------------------------------------- settings, and every bad input
+
+def test_the_settings_are_frozen():
+    """Names, types and defaults of the command line."""
+    assert {field.name: (field.type, field.default) for field in fields(full.Config)} == {
+        "data": (str, ""), "out": (str, "out/full"), "preset": (str, "laptop"), "init": (str, ""), "plan": (str, ""),
+        "resume": (str, "no"), "steps": (int, 2000), "dense": (float, 0.67), "method": (str, "unimod"), "budget": (float, 0.6),
+        "t2i": (int, 8), "mmu": (int, 8), "lm": (int, 0), "accumulate": (int, 1), "drop": (float, 0.1), "seed": (int, 0),
+        "optimizer": (str, "adamw"), "lr": (float, 1e-3), "muon_lr": (float, 0.02), "weight_decay": (float, 0.1),
+        "warmup": (int, 100), "decay": (str, "cosine"), "clip": (float, 1.0), "ema": (float, 0.0), "parallel": (str, "ddp"),
+        "compile": (bool, False), "activation_checkpointing": (bool, False), "device": (str, ""), "timeout": (float, 30.0),
+        "log_every": (int, 10), "eval_every": (int, 500), "eval_samples": (int, 256), "sample_every": (int, 500),
+        "save_every": (int, 500), "keep": (int, 3)}
+    argv = "--preset tiny --data D --out O --steps 7 --save-every 3 --seed 2 --resume auto --plan P".split()
+    config = full.parse(argv)
+    assert (config.preset, config.data, config.out, config.steps, config.save_every, config.seed, config.resume,
+            config.plan) == ("tiny", "D", "O", 7, 3, 2, "auto", "P") and config.lr == full.PRESETS["tiny"][1]["lr"]
+
+
+values = {str: st.sampled_from(("a", "b c", "x=y", "-1")), int: st.integers(), float: st.floats(allow_nan=False), bool: st.booleans()}
+
+
+@given(st.fixed_dictionaries({}, optional={field.name: values[field.type] for field in fields(full.Config)}), st.booleans())
+def test_every_value_comes_back_typed(chosen, joined):
+    """--key value and --key=value, with - or _: each value comes back equal and with its field's type."""
+    argv = []
+    for name, value in chosen.items():
+        key = "--" + (name if joined else name.replace("_", "-"))
+        argv += [f"{key}={value}"] if joined else [key, str(value)]
+    assert overrides(full.Config, argv) == chosen
+    assert overrides(full.Config, ["--compile"]) == {"compile": True}
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--step", "3"], "unknown setting --step: did you mean --steps?"), (["--steps"], "--steps needs a value"),
+    (["--compile", "yes"], "--compile yes: expected true or false"), (["--steps", "1.5"], "--steps 1.5: expected a whole number"),
+    (["--lr", "fast"], "--lr fast: expected a number"), (["steps", "3"], "'steps' is no --key"),
+    (["--steps", "3", "--steps", "4"], "--steps is given twice"), (["--steps", "0"], "--steps 0: expected 1 or more"),
+    (["--lr", "0"], "--lr 0.0: expected"), (["--lr", "nan"], "--lr nan: expected"), (["--dense", "1.5"], "--dense 1.5: expected 0 to 1"),
+    (["--preset", "basis"], "--preset basis: did you mean base?"), (["--decay", "step"], "--decay step: choose from cosine, linear"),
+    (["--parallel", "fsdp", "--optimizer", "muon"], "--optimizer muon needs whole matrices, --parallel fsdp shards them"),
+])
+def test_bad_settings(argv, message):
+    """One line that names the setting, what was given and what would do."""
+    with pytest.raises(ValueError) as error:
+        full.parse(["--data", "D", *argv])
+    assert message in str(error.value)
+    with pytest.raises(ValueError, match="--data is missing"):
+        full.parse([])
+
+
+def test_bad_inputs(data, tmp_path):
+    """Data, plans and weights that do not fit: ValueError or FileNotFoundError that says what was found and what to do."""
+    Plan.dense(3).save(tmp_path / "deep.json")
+    Plan({"t2i": (1, .5)}).save(tmp_path / "t2i.json")
+    (tmp_path / "no.json").write_text("{}")
+    save_checkpoint(tmp_path / "other.pt", UnifiedTransformer(tiny("emu3")))
+    shutil.copytree(data["emu3"], tmp_path / "cut")
+    shard = next((tmp_path / "cut").glob("train-mmu-*.shard"))
+    shard.write_bytes(shard.read_bytes()[:-2])
+    for argv, message in (
+            (["--t2i", "5", "--accumulate", "2"], "5 samples of t2i in a step do not divide"), (["--lm", "4"], "no sample of lm"),
+            (["--preset", "toy-showo"], "--preset toy-showo is of the showo backbone, the shards are of emu3"),
+            (["--plan", str(tmp_path / "deep.json")], "the plan has 3 layers, the model 2"),
+            (["--plan", str(tmp_path / "t2i.json")], "has no row for mmu"), (["--plan", str(tmp_path / "no.json")], "is not a plan"),
+            (["--init", str(tmp_path / "no.json")], "no.json is not a checkpoint"),
+            (["--init", str(tmp_path / "other.pt")], "is another model than --preset with these shards makes: n_layer 3 instead of 2"),
+            (["--data", str(tmp_path / "cut")], shard.name)):
+        given = ["--preset", "tiny", "--out", str(tmp_path / "out")] if "--preset" not in argv else ["--out", str(tmp_path / "out")]
+        given += [] if "--data" in argv else ["--data", str(data["emu3"])]
+        with changed(), pytest.raises(ValueError) as error:
+            full.main([*given, *argv])
+        assert message in str(error.value)
+    with pytest.raises(FileNotFoundError, match="unimod_mini.prepare"):
+        run(tmp_path / "out", tmp_path / "nowhere")
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_another_run_is_not_continued(data, tmp_path):
+    """A folder that holds a run is not overwritten, nor continued with other settings, data or plan; an empty one is new."""
+    out = tmp_path / "out"
+    Plan({"t2i": (1, .5), "mmu": (1, 1)}).save(tmp_path / "plan.json")
+    run(out, data["emu3"], *TINY, "--steps", "1", "--plan", str(tmp_path / "plan.json"), "--resume", "auto")
+    Plan({"t2i": (1, .4), "mmu": (1, 1)}).save(tmp_path / "plan.json")
+    again = [*TINY, "--steps", "2", "--plan", str(tmp_path / "plan.json")]
+    shutil.copytree(data["emu3"], tmp_path / "fewer", ignore=lambda *_: ["dataset.json", *(p.name for p in data["emu3"].glob("held*"))])
+    about = json.loads((data["emu3"] / "dataset.json").read_text())
+    del about["counts"]["held"]
+    (tmp_path / "fewer" / "dataset.json").write_text(json.dumps(about))
+    for folder, argv, message in (
+            (data["emu3"], again, "holds a run already: --resume auto goes on with it"),
+            (data["emu3"], [*again, "--resume", "auto"], "belongs to a run with another plan"),
+            (data["emu3"], [*again, "--resume", "auto", "--lr", "0.1"], "other settings: --lr 0.003, now 0.1"),
+            (tmp_path / "fewer", [*again, "--resume", "auto"], "was trained on other shards"),
+            (data["showo"], [*again, "--resume", "auto"], "was trained on other shards")):
+        with pytest.raises(ValueError) as error:
+            run(out, folder, *argv)
+        assert message in str(error.value)
+
+
+# ---------------------------------------------------------------- schedule and journal
+
+@settings(max_examples=40)
+@given(st.integers(1, 300), st.integers(1, 50), st.sampled_from(("cosine", "linear")), st.floats(0, 1))
+def test_the_rate_rises_and_falls(steps, warmup, decay, share):
+    """In (0, 1] at every step, at most 1 / warmup in the first step of a stage, falling after each warm-up, to about 0."""
+    run = Run.__new__(Run)
+    run.config, run.since = full.Config(steps=steps, warmup=warmup, decay=decay), round(share * (steps - 1))
+    rates = []
+    for run.step in range(run.since, steps):
+        rates.append(run.rate())
+    assert all(0 < rate <= 1 for rate in rates) and rates[0] <= 1 / warmup
+    assert all(a >= b for a, b in zip(rates[warmup:], rates[warmup + 1:])) and rates[-1] <= 1 / steps + 1e-9
+
+
+@given(st.lists(st.integers(0, 9)), st.integers(0, 9), st.booleans())
+def test_metrics_are_cut_back_to_the_step(tmp_path_factory, steps, step, torn):
+    """Rows up to the step stay, in order; later rows and a torn last line go."""
+    path = tmp_path_factory.mktemp("metrics") / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": n}) + "\n" for n in steps) + '{"step": 0, "lo' * torn)
+    cut_back(path, step)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [n for n in steps if n <= step]
+
+
+def test_tensorboard_gets_every_number_when_it_is_there(tmp_path, monkeypatch):
+    """With the package, a scalar for every figure; without it, metrics.jsonl alone."""
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step): written.append(purge_step)
+        def add_scalar(self, *given): written.append(given)
+        def close(self): written.append("closed")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", type(sys)("tensorboard"))
+    sys.modules["torch.utils.tensorboard"].SummaryWriter = SummaryWriter
+    journal = Journal(tmp_path, 4)
+    journal.write({"step": 5, "stage": "dense", "loss_t2i": 1.5, "mfu": None, "kept": {"t2i": 1}})
+    journal.close()
+    assert written == [5, ("loss_t2i", 1.5, 5), "closed"]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert Journal(tmp_path, 4).board is None and not (tmp_path / "metrics.jsonl").read_text()

@@ -1,0 +1,427 @@
+"""UniMoD on your own pictures and texts, in one process or on many GPUs: dense -> layer switch -> UniMoD.
+
+    python -m unimod_mini.prepare SOURCE SHARDS
+    python train_full.py --data SHARDS --out out/full                                    # one process
+    torchrun --nproc-per-node 8 train_full.py --data SHARDS --out out/full --preset base --resume auto
+
+The global batch, and so every loss, is the same however many processes share it and however often they accumulate. A
+run can be killed at any moment: the same command with --resume auto goes on, to the same weights. `--help` lists the
+settings. Reads top to bottom: settings, the run's state, one step, the layer switch, what is shown, the loop.
+"""
+
+import math
+import signal
+import sys
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from unimod_mini import (METHODS, ModelConfig, Plan, UnifiedTransformer, arank_table, calibrate, checkpoints, load_checkpoint,
+                         plan_for_budget, save_checkpoint)
+from unimod_mini.distributed import Ranks, from_first, join
+from unimod_mini.flops import flops_ratio
+from unimod_mini.journal import Clock, Journal, figures, line, samples
+from unimod_mini.objectives import TASK_WEIGHTS
+from unimod_mini.run import Run, share_out, to_device
+from unimod_mini.settings import help_of, listing, nearest, overrides
+from unimod_mini.shards import HEADER, Loader, Shards
+from unimod_mini.trainer import find_device, precision
+from unimod_mini.transformer import PRESETS as PUBLISHED
+
+# --------------------------------------------------------------------------------------------------------------
+# Settings
+# --------------------------------------------------------------------------------------------------------------
+
+# layers, heads, key/value heads of emu3, width; and what goes with them. MLP: 4 D for showo, 3 D (gated) for emu3.
+PRESETS = {
+    "tiny": ((2, 2, 1, 32), {"steps": 20, "warmup": 5, "lr": 3e-3, "eval_samples": 16}),             # tests
+    "laptop": ((8, 4, 2, 128), {"t2i": 16, "mmu": 16, "lr": 2e-3, "weight_decay": 0.01}),            # 2 M, a CPU
+    "base": ((12, 10, 5, 640), {"t2i": 64, "mmu": 64, "steps": 10000, "warmup": 500, "lr": 6e-4}),   # 59 M, one GPU
+}
+CHOICES = {"preset": (*PRESETS, *PUBLISHED), "method": METHODS, "optimizer": ("adamw", "muon"), "decay": ("cosine", "linear"),
+           "parallel": ("ddp", "fsdp"), "resume": ("no", "auto")}
+RANGES = {**dict.fromkeys(("steps", "accumulate", "warmup", "log_every", "eval_every", "eval_samples", "sample_every",
+                           "save_every", "keep"), (1, math.inf)),
+          **dict.fromkeys(("lr", "muon_lr", "clip", "timeout"), (1e-12, 1e12)), "budget": (0.01, 1), "dense": (0, 1),
+          "drop": (0, 1), "ema": (0, 0.99999), **dict.fromkeys(("t2i", "mmu", "lm", "weight_decay"), (0, math.inf))}
+FREE = {"out", "data", "resume", "steps", "parallel", "accumulate", "compile", "activation_checkpointing", "device", "timeout",
+        "log_every", "eval_every", "eval_samples", "sample_every", "save_every", "keep"}   # may change when a run goes on
+SWITCH = {"t2i": 20, "mmu": 50, "lm": 20}                  # samples that ARank is measured on (the paper's numbers)
+DRAWING = {"temperature": 1.0, "guidance": 1.0, "steps": 16}
+SHOWN, CALIBRATION, PATIENCE = 4, 32, 5                    # samples on a sheet; for thresholds; skipped steps in a row
+
+
+@dataclass(frozen=True)
+class Config:
+    data: str = ""                 # the folder that python -m unimod_mini.prepare wrote
+    out: str = "out/full"          # where everything is written: model.pt, checkpoints/, samples/, metrics.jsonl ..
+    preset: str = "laptop"         # sizes, with their settings: tiny, laptop, base, or a name of ModelConfig.preset
+    init: str = ""                 # begin with the weights of this model.pt or checkpoint.pt of train_toy.py
+    plan: str = ""                 # UniMoD with this plan from the first step; "": dense, then the layer switch
+    resume: str = "no"             # or auto: go on from the newest whole checkpoint of --out, if there is any
+    steps: int = 2000              # of both stages together
+    dense: float = 0.67            # share of the steps before the layer switch; 1: dense to the end
+    method: str = "unimod"         # the plan that the layer switch makes (layer_switch.METHODS)
+    budget: float = 0.6            # its training FLOPs over those of dense
+    t2i: int = 8                   # samples of each task in a step, over all processes and accumulation steps
+    mmu: int = 8
+    lm: int = 0
+    accumulate: int = 1            # forward and backward passes a step; gradients are exchanged once
+    drop: float = 0.1              # share of captions that are emptied, for guidance
+    seed: int = 0                  # of weights and order of samples
+    optimizer: str = "adamw"       # or muon (on the matrices of the blocks; not with fsdp)
+    lr: float = 1e-3               # peak rate of AdamW
+    muon_lr: float = 0.02          # peak rate of Muon
+    weight_decay: float = 0.1      # of AdamW's matrices
+    warmup: int = 100              # steps up to the peak rate, again after the layer switch
+    decay: str = "cosine"          # or linear: from the peak to 0 at the last step
+    clip: float = 1.0              # largest norm of the gradient
+    ema: float = 0.0               # > 0: evaluate, draw and publish an average of the weights with this decay
+    parallel: str = "ddp"          # or fsdp: weights, gradients and optimiser are sharded over the processes
+    compile: bool = False          # torch.compile
+    activation_checkpointing: bool = False    # forget what a block computes, do it again in the backward pass
+    device: str = ""               # cuda, mps or cpu; found by itself when not given
+    timeout: float = 30.0          # minutes that a process waits for the others before it gives up
+    log_every: int = 10            # steps between two lines
+    eval_every: int = 500          # .. two evaluations on the held-out split (and before a checkpoint)
+    eval_samples: int = 256        # of each task
+    sample_every: int = 500        # .. two sheets of pictures and answers
+    save_every: int = 500          # .. two checkpoints
+    keep: int = 3                  # checkpoints that are kept, besides the best
+
+    def __post_init__(self):
+        """ValueError for a value that nothing can be done with, naming the setting."""
+        for name, value in asdict(self).items():
+            key, low, high = f"--{name.replace('_', '-')}", *RANGES.get(name, (-math.inf, math.inf))
+            if name in CHOICES and value not in CHOICES[name]:
+                raise ValueError(f"{key} {value}" + nearest(value, CHOICES[name]))
+            if name not in CHOICES and isinstance(value, (int, float)) and not low <= value <= high:
+                raise ValueError(f"{key} {value}: expected {low} to {high}" if high < math.inf else
+                                 f"{key} {value}: expected {low} or more")
+        if self.optimizer == "muon" and self.parallel == "fsdp":
+            raise ValueError("--optimizer muon needs whole matrices, --parallel fsdp shards them: use adamw, or ddp")
+
+
+def parse(argv=None) -> Config:
+    """Defaults, then the preset's settings, then what was given."""
+    argv = sys.argv[1:] if argv is None else argv
+    if {"--help", "-h"} & set(argv):
+        print(f"{__doc__}\nSettings, their types and defaults (a preset brings its own for some):\n{help_of(Config)}")
+        sys.exit()
+    given = overrides(Config, argv)
+    if not given.get("data"):
+        raise ValueError("--data is missing: the folder that python -m unimod_mini.prepare SOURCE FOLDER wrote")
+    return Config(**PRESETS.get(given.get("preset", Config.preset), (None, {}))[1] | given)
+
+
+def model_config(preset: str, tokenizer) -> ModelConfig:
+    """The preset's sizes with the vocabulary and the lengths of the tokenizer. ValueError for another backbone."""
+    longest = max(map(tokenizer.length, ("t2i", "mmu"))) + tokenizer.text_length
+    fitted = {"vocab_size": tokenizer.vocab_size, "max_length": longest, "image_start": tokenizer.image_start}
+    if preset in PUBLISHED:
+        config = ModelConfig.preset(preset)
+        if config.backbone != tokenizer.backbone:
+            raise ValueError(f"--preset {preset} is of the {config.backbone} backbone, the shards are of {tokenizer.backbone}")
+        return replace(config, **fitted, image_positions=config.image_positions and tokenizer.n_image)
+    (layers, heads, groups, width), showo = PRESETS[preset][0], tokenizer.backbone == "showo"
+    return ModelConfig(tokenizer.backbone, layers, heads, heads if showo else groups, width, width * (4 if showo else 3), **fitted,
+                       rope_theta=1e4 if showo else 1e6, rope_fraction=0.5 if showo else 1.0, qk_norm=True,
+                       image_positions=tokenizer.n_image)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The job: what stays as it is during a run
+# --------------------------------------------------------------------------------------------------------------
+
+class Job(NamedTuple):
+    config: Config
+    ranks: Ranks
+    device: torch.device
+    shards: Shards
+    counts: dict                   # {task: samples of a step}, the trained tasks alone
+    lengths: dict                  # {task: tokens of a sample}
+    loader: Loader
+    held: tuple                    # micro-batches of the held-out split and their parts, as share_out gives them
+    out: Path
+
+    def about(self) -> dict:
+        """What a checkpoint belongs to. Every shard's header has the checksum of its data."""
+        digest = sha256()
+        for path in sorted(self.shards.folder.glob("*.shard")):
+            with open(path, "rb") as file:
+                digest.update(file.read(HEADER))
+        return {"shards": digest.hexdigest(), "tokenizer": self.shards.tokenizer_hash, "config": asdict(self.config)}
+
+    def say(self, *lines) -> None:
+        if self.ranks.first:
+            print(*lines, sep="\n", flush=True)
+
+    def batches(self, wanted: dict, split: str = "train") -> dict:
+        """{task: Batch} of so many samples of the trained tasks, always the same ones, no caption dropped."""
+        wanted = {task: n for task, n in wanted.items() if task in self.counts and self.shards.count(task, split)}
+        return Loader(self.shards, wanted, seed=0, drop=0.0, split=split).batches(0)[0] if wanted else {}
+
+
+def make_job(config: Config, ranks: Ranks, device: torch.device) -> Job:
+    """ValueError and FileNotFoundError for data that cannot be trained on."""
+    shards = Shards(config.data, checksums=ranks.local == 0)
+    counts = {task: getattr(config, task) for task in ("t2i", "mmu", "lm") if getattr(config, task)}
+    loader = Loader(shards, counts, config.seed, ranks.rank, ranks.world, config.accumulate, config.drop)
+    lengths = {task: shards.tokenizer.length(task) for task in counts}
+    held = held_out(config, shards, counts, ranks)
+    return Job(config, ranks, device, shards, counts, lengths, loader, (held, share_out(held)[0]), Path(config.out))
+
+
+def held_out(config: Config, shards: Shards, counts: dict, ranks: Ranks) -> list:
+    """[{task: Batch}], this rank's part of the first samples of the held-out split, in pieces of a micro-batch's size."""
+    held = []
+    for task, n in counts.items():
+        piece, there = n // config.accumulate, min(config.eval_samples, shards.count(task, "held"))
+        if there:
+            loader = Loader(shards, {task: piece}, 0, ranks.rank, ranks.world, drop=0.0, split="held")
+            held += [loader.batches(number)[0] for number in range(max(1, there // piece))]
+    return held
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Beginning, and going on
+# --------------------------------------------------------------------------------------------------------------
+
+def begin(job: Job) -> Run:
+    """A new run, or the newest whole checkpoint of --out brought back. ValueError when the settings do not fit it."""
+    config, shards = job.config, job.shards
+    sizes = model_config(config.preset, shards.tokenizer)
+    given = Plan.load(config.plan) if config.plan else None
+    path, facts = from_first(lambda: find_start(job, given))
+    plan = Plan(**facts["plan"]) if path else given
+    if missing := [task for task in job.counts if plan and task not in plan.tasks]:
+        raise ValueError(f"--plan {config.plan} has no row for {', '.join(missing)}: add it, or train without --{missing[0]}")
+    torch.manual_seed(config.seed)                         # the same weights on every rank
+    model = UnifiedTransformer(sizes, plan)
+    if config.init and not path:
+        model = from_checkpoint(config.init, sizes, model.plan)
+    torch.manual_seed(config.seed * 1_000_003 + job.ranks.rank)              # but its own dropout
+    run = Run(model, config, job.device, job.lengths, *(facts["stage"], facts["step"], facts["since"]) if path else
+              ["unimod" if plan else "dense"])
+    if path:
+        checkpoints.load(path, run.tensors(), job.ranks)
+        job.say(f"going on from {path}, {run.step} of {config.steps} steps done, stage {run.stage}")
+    return run
+
+
+def find_start(job: Job, given: Plan | None) -> tuple:
+    """(path, facts) of the checkpoint to go on from, or (None, None)."""
+    folder = job.out / "checkpoints"
+    if job.config.resume == "no":
+        if any(folder.glob("step-????????")):
+            raise ValueError(f"{job.out} holds a run already: --resume auto goes on with it, or choose another --out")
+        return None, None
+    path = checkpoints.newest(folder)
+    if path is None:
+        return None, None
+    facts = checkpoints.facts(path)
+    checkpoints.refuse_another(path, facts, job.about(), FREE)
+    if given is not None and given != Plan(**facts["plan"]):
+        raise ValueError(f"{path} belongs to a run with another plan than {job.config.plan} has now")
+    return path, facts
+
+
+def from_checkpoint(path: str, sizes: ModelConfig, plan: Plan) -> UnifiedTransformer:
+    """The weights of --init under this plan, with fresh routers. ValueError when the model has other sizes."""
+    model, _ = load_checkpoint(path)
+    if model.config != sizes:
+        other = [f"{field.name} {getattr(model.config, field.name)} instead of {getattr(sizes, field.name)}"
+                 for field in fields(sizes) if getattr(model.config, field.name) != getattr(sizes, field.name)]
+        raise ValueError(f"--init {path} is another model than --preset with these shards makes: {', '.join(other)}")
+    return model.with_plan(plan)
+
+
+def save(run: Run, job: Job, held: float | None) -> None:
+    """A checkpoint of this step; the last --keep of them and the best stay."""
+    facts = {"stage": run.stage, "since": run.since, "held": held, "world": job.ranks.world, **job.about(),
+             "plan": {"keep": run.model.plan.keep, "shared_router": run.model.plan.shared_router}}
+    checkpoints.save(job.out / "checkpoints", run.step, run.tensors(), facts, job.ranks)
+    if job.ranks.first:
+        checkpoints.prune(job.out / "checkpoints", job.config.keep)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Dense -> layer switch -> UniMoD
+# --------------------------------------------------------------------------------------------------------------
+
+def switch(run: Run, job: Job) -> Run:
+    """ARank of the dense model on the first rank, the plan on every rank: the same weights with fresh routers.
+
+    Optimisers and average begin anew, so the rate climbs again over --warmup steps.
+    """
+    model = run.bare(average=False)
+    plan = Plan(*from_first(partial(measure, model, job, run.step)))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(job.config.seed + 1)             # the same routers on every rank
+        model = model.to("cpu").with_plan(plan)
+    new = Run(model, job.config, job.device, job.lengths, "unimod", run.step, since=run.step)
+    new.skipped = run.skipped
+    return new
+
+
+def measure(model: UnifiedTransformer, job: Job, step: int) -> tuple:
+    """ARank -> the fields of the method's plan; both are printed, the plan is written."""
+    wanted, config = {task: SWITCH[task] for task in job.counts}, model.config
+    print(f"layer switch after {step} steps: ARank over length, on " + " + ".join(f"{n} {t}" for t, n in wanted.items()), flush=True)
+    table = arank_table(model.to(job.device), to_device(job.batches(wanted), job.device))
+    print("layer  " + "".join(f"{task:>8}" for task in table))
+    for layer, row in enumerate(zip(*table.values())):
+        print(f"{layer:>5}  " + "".join(f"{rank:>8.3f}" for rank in row))
+    plan = plan_for_budget(job.config.method, table, config, job.lengths, job.config.budget)
+    plan.save(job.out / "plan.json")
+    saved = 1 - flops_ratio(config, plan, job.lengths, "train", job.counts)
+    print(f"plan ({job.config.method}), {saved:.1%} of a step's training FLOPs saved (full n x n attention)\n{plan}", flush=True)
+    return plan.keep, plan.shared_router
+
+
+# --------------------------------------------------------------------------------------------------------------
+# What is shown
+# --------------------------------------------------------------------------------------------------------------
+
+def report(run: Run, job: Job, journal: Journal | None, losses, norm, clock: Clock) -> None:
+    """The only place where a step waits for the device: its line, and the end of a run whose steps are all skipped."""
+    in_a_row = int(run.skipped[0])                         # on every rank, so that all of them stop
+    if job.ranks.first:
+        row = figures(run, job.counts, job.lengths, losses, norm, clock.lap(run.step), job.ranks.world)
+        journal.write(row)
+        print(line(row, job.config.steps), flush=True)
+    if in_a_row >= PATIENCE:
+        raise Diverged(f"the last {in_a_row} steps had a loss or a gradient that is not finite (losses {losses.tolist()}, norm "
+                       f"{norm.item()}) and were skipped: the weights are still those of step {run.step - in_a_row}. Look at --lr "
+                       "(lower it), --warmup (lengthen it), --clip, and at the samples of these steps")
+
+
+def finished_model(run: Run, job: Job) -> UnifiedTransformer | None:
+    """The (averaged) model with thresholds for causal routing on the first rank, None on the others; all call it."""
+    model = run.bare(average=True)
+    if not job.ranks.first:
+        return None
+    model.to(job.device)
+    with precision(job.device):
+        calibrate(model, to_device(job.batches(dict.fromkeys(job.counts, CALIBRATION)), job.device))
+    return model
+
+
+def draw(model: UnifiedTransformer, job: Job, step: int) -> None:
+    """The same captions drawn and the same questions answered every time, held-out ones if there are any."""
+    shown = {}
+    for task in job.counts:
+        split = "held" if job.shards.count(task, "held") else "train"
+        shown[task] = [job.shards.sample(task, i, split) for i in range(min(SHOWN, job.shards.count(task, split)))]
+    with precision(job.device):
+        print(samples(model, job.shards.tokenizer, shown.get("t2i", []), shown.get("mmu", []), DRAWING,
+                      job.out / "samples" / f"step-{step:08d}.png"), flush=True)
+
+
+def due(run: Run, job: Job, journal: Journal | None) -> dict:
+    """Evaluation, samples and checkpoint, where this step is one for them; returns the losses of an evaluation."""
+    config, last, held = job.config, run.step == job.config.steps, {}
+    keep = last or run.step % config.save_every == 0
+    if (keep or run.step % config.eval_every == 0) and job.held[0]:
+        held = run.evaluate(*job.held)
+        held["all"] = sum(TASK_WEIGHTS[task] * loss for task, loss in held.items())
+        if job.ranks.first:
+            journal.write({"step": run.step, **{f"held_{name}": loss for name, loss in held.items()}})
+            print("held out  " + "  ".join(f"{name} {loss:.4f}" for name, loss in held.items()), flush=True)
+    if run.step % config.sample_every == 0 and not last:
+        model = finished_model(run, job)
+        if model is not None:
+            draw(model, job, run.step)
+    if keep:
+        save(run, job, held.get("all"))
+    return held
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The run
+# --------------------------------------------------------------------------------------------------------------
+
+class Diverged(RuntimeError):
+    """Too many steps in a row were skipped."""
+
+
+@contextmanager
+def sigterm():
+    """A list that is empty until the process gets a SIGTERM."""
+    asked = []
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def train(run: Run, job: Job, journal: Journal | None, asked: list) -> tuple[Run, dict]:
+    """Steps, and what is due after each, until the last one or a SIGTERM. Returns the run and the last evaluation."""
+    config, clock, held = job.config, Clock(run.step), {}
+    while run.step < config.steps:
+        end = config.steps
+        if run.stage == "dense" and config.dense < 1:
+            end = round(config.dense * config.steps)
+            if run.step >= end:
+                with clock.paused():
+                    run = switch(run, job)
+                continue
+        for _, batches in job.loader.read_ahead(run.step, end):
+            parts, stop = share_out(batches, bool(asked))
+            if stop:
+                return run, {}
+            losses, norm = run.advance(batches, parts)
+            if run.step % config.log_every == 0 or run.step in (1, config.steps):
+                report(run, job, journal, losses, norm, clock)
+            with clock.paused():
+                held = due(run, job, journal)
+    return run, held
+
+
+def introduce(run: Run, job: Job) -> None:
+    """The whole configuration, printed and saved; the model, the data and where it runs."""
+    job.out.mkdir(parents=True, exist_ok=True)
+    checkpoints.write_json(job.out / "config.json", asdict(job.config))
+    there = {task: [job.shards.count(task, split) for split in ("train", "held")] for task in job.counts}
+    job.say(listing(job.config), f"{run.model.config}",
+            f"{sum(p.numel() for p in run.model.parameters()):,} parameters; {job.ranks.world} process(es) on {job.device.type}, "
+            f"torch {torch.__version__}, bf16 {'on' if precision(job.device)._enabled else 'off'}",
+            *(f"{task}: {job.counts[task]} of {n} samples a step, {held} held out, {job.lengths[task]} tokens each"
+              for task, (n, held) in there.items()))
+
+
+def main(argv=None) -> dict:
+    config = parse(argv)
+    device = find_device(config.device or None)
+    with join(device, config.timeout) as ranks, sigterm() as asked:
+        job = make_job(config, ranks, device)
+        run = begin(job)
+        if ranks.first:
+            introduce(run, job)
+        journal = Journal(job.out, run.step) if ranks.first else None
+        run, held = train(run, job, journal, asked)
+        if run.step < config.steps:
+            save(run, job, None)
+            job.say(f"stopped by SIGTERM after {run.step} steps and saved: --resume auto goes on")
+        else:
+            model = finished_model(run, job)
+            if model is not None:
+                draw(model, job, run.step)
+                save_checkpoint(job.out / "model.pt", model, tokenizer=job.shards.tokenizer.state(), drawing=DRAWING)
+                print(f"{job.out}/model.pt written", flush=True)
+        if journal is not None:
+            journal.close()
+        return {"step": run.step, "stage": run.stage, "held": held, "skipped": int(run.skipped[1])}
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError, ImportError, Diverged) as error:
+        sys.exit(f"error: {error}")

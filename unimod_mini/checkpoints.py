@@ -1,0 +1,187 @@
+"""Checkpoints of a run that may die at any moment, by torch.distributed.checkpoint: each rank writes what it holds.
+
+    FOLDER/step-00000500/run.json                 facts, and the size of every other file; written last
+    FOLDER/step-00000500/.metadata, *.distcp      weights, optimiser, EMA, counters by name, whoever holds them
+    FOLDER/step-00000500/rng-0.pt ..              random state of every rank
+
+A checkpoint is written as FOLDER/step-00000500.tmp and renamed when it is complete, so a killed run leaves the last one.
+A folder without run.json, or with a file of another size than it says, was cut short (a full disk, a broken copy): it is
+passed over with a warning. Tensors are named after the model's parameters, so another number of ranks, or DDP instead of
+FSDP, reads them as well. All ranks must see FOLDER: on several machines it lies on a shared disk.
+"""
+
+import json
+import os
+import shutil
+import sys
+import warnings
+from math import isfinite
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+
+from .distributed import Ranks, local, wait_for_all
+
+FACTS = "run.json"
+
+
+def write_json(path, content) -> None:
+    """Written to a temporary name, then renamed."""
+    Path(f"{path}.tmp").write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(f"{path}.tmp", path)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# What a run consists of, by name
+# --------------------------------------------------------------------------------------------------------------
+
+def named_tensors(model: nn.Module, optimizers: list, **others) -> dict:
+    """{name: tensor} of everything that training moves; others: {name: tensor} each, such as an EMA.
+
+    The state of an optimiser that has not stepped yet is made first, so that the names are always the same.
+    """
+    out = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for optimizer in optimizers:
+        if not optimizer.state:
+            make_state(optimizer)
+        for parameter, state in optimizer.state.items():
+            out |= {f"optimizer.{names[parameter]}.{key}": value for key, value in state.items()}
+    return out | {f"{kind}.{name}": tensor for kind, tensors in others.items() for name, tensor in tensors.items()}
+
+
+def make_state(optimizer) -> None:
+    """Lets an optimiser make its state: a step of rate 0 with gradients of 0 changes no weight, the state is zeroed."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for group, rate in zip(optimizer.param_groups, rates):
+        group["lr"] = rate
+    for state in optimizer.state.values():
+        for value in state.values():
+            local(value).zero_()
+
+
+def collectively(do, tensors: dict, path: Path) -> None:
+    """dcp.save or dcp.load, by all ranks or by the one process that there is (of which dcp would warn)."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        do(tensors, checkpoint_id=path, no_dist=not dist.is_initialized())
+
+
+def random_state() -> dict:
+    return {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Writing
+# --------------------------------------------------------------------------------------------------------------
+
+def save(folder: Path, step: int, tensors: dict, facts: dict, ranks: Ranks) -> Path:
+    """Write one checkpoint and return its path; all ranks call it. One that is there already is left as it is."""
+    path, part = folder / f"step-{step:08d}", folder / f"step-{step:08d}.tmp"
+    if broken(path) is None:
+        return path
+    if ranks.first:
+        discard(path)                                      # one of this step that was cut short
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    wait_for_all()
+    collectively(dcp.save, tensors, part)
+    torch.save(random_state(), part / f"rng-{ranks.rank}.pt")
+    wait_for_all()
+    if ranks.first:
+        sizes = {file.name: file.stat().st_size for file in part.iterdir()}
+        write_json(part / FACTS, {"step": step, **facts, "sizes": sizes})
+        os.replace(part, path)
+    wait_for_all()
+    return path
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Delete all checkpoints but the last `keep` and the one with the lowest held-out loss ("held" of its facts)."""
+    paths = [path for path in sorted(folder.glob("step-????????")) if broken(path) is None]
+    scores = {path: facts(path)["held"] for path in paths}
+    best = min((path for path in paths if scores[path] is not None and isfinite(scores[path])), key=scores.get, default=None)
+    for path in paths[:-keep]:
+        if path != best:
+            discard(path)
+
+
+def discard(path: Path) -> None:
+    """Delete a checkpoint; it loses its name first, so that a kill leaves no half of it under that name."""
+    if path.exists():
+        os.replace(path, path.with_suffix(".tmp"))
+        shutil.rmtree(path.with_suffix(".tmp"))
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Reading
+# --------------------------------------------------------------------------------------------------------------
+
+def facts(path: Path) -> dict:
+    """What `save` was told, with the step."""
+    return json.loads((path / FACTS).read_text())
+
+
+def broken(path: Path) -> str | None:
+    """What is wrong with a checkpoint, None when it is whole."""
+    try:
+        sizes = facts(path)["sizes"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"no readable {FACTS} ({type(error).__name__})"
+    for name, size in sizes.items():
+        have = (path / name).stat().st_size if (path / name).is_file() else None
+        if have != size:
+            return f"{name} has {have} bytes instead of {size}" if have is not None else f"{name} is missing"
+    return None
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest whole checkpoint, None when there is none; on the way past one that was cut short it warns.
+
+    What a kill left half-written or half-deleted is deleted: one process alone calls this.
+    """
+    for part in folder.glob("step-????????.tmp"):
+        shutil.rmtree(part)
+    for path in sorted(folder.glob("step-????????"), reverse=True):
+        if (wrong := broken(path)) is None:
+            return path
+        print(f"warning: {path} was cut short: {wrong}; going back to the checkpoint before it", file=sys.stderr)
+    return None
+
+
+def refuse_another(path: Path, then: dict, now: dict, free: set) -> None:
+    """ValueError when the facts `then` of a checkpoint are of other data or settings (those in `free` apart) than `now`."""
+    for name in ("shards", "tokenizer"):
+        if then[name] != now[name]:
+            raise ValueError(f"{path} was trained on other {name} than --data has: give the --data of that run, or choose "
+                             "another --out (and --init, to begin with its weights)")
+    told = [f"--{name.replace('_', '-')} {then['config'].get(name)}, now {value}" for name, value in now["config"].items()
+            if name not in free and value != then["config"].get(name)]
+    if told:
+        raise ValueError(f"{path} belongs to a run with other settings: {'; '.join(told)}. Give the same, or choose another "
+                         "--out")
+
+
+def load(path: Path, tensors: dict, ranks: Ranks) -> None:
+    """Fill `tensors` (of named_tensors) in place, and this rank's random state if that many ranks wrote one.
+
+    ValueError names the checkpoint when it does not hold them.
+    """
+    try:
+        collectively(dcp.load, tensors, path)
+    except Exception as error:                             # dcp's own text lists every rank's traceback
+        raise ValueError(f"{path} does not fit this run: {str(error).strip().splitlines()[-1]}") from error
+    if (path / f"rng-{ranks.rank}.pt").is_file():
+        state = torch.load(path / f"rng-{ranks.rank}.pt", weights_only=True)
+        torch.set_rng_state(state["cpu"])
+        if "cuda" in state and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda"])

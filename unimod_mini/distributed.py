@@ -1,0 +1,148 @@
+"""One training run in one or in many processes: joining, agreeing, wrapping the model, collecting its weights.
+
+`torchrun` (or whatever sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT) starts the processes; without
+those variables there is one process and no group, and everything here does nothing. Two backends serve one group: nccl
+carries the gradients of CUDA devices, gloo carries what the hosts tell each other (counts, plans, "stop"), so that a
+host never waits for a device. On a CPU gloo carries both.
+
+Departures from the usual: no parameter is searched for at run time. A plan says beforehand which blocks and routers no
+task reaches; those are frozen, so that plain DDP works and every rank reduces the same gradients.
+"""
+
+import os
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from .routers import capacity
+
+
+class Ranks(NamedTuple):
+    rank: int                      # number of this process in the whole job
+    world: int                     # processes of the whole job
+    local: int                     # number of this process on its machine
+
+    @property
+    def first(self) -> bool:
+        """Is this the process that prints and writes?"""
+        return self.rank == 0
+
+
+@contextmanager
+def join(device: torch.device, minutes: float):
+    """Ranks of this process, in a process group when there are several; the group is left at the end.
+
+    minutes: how long a process waits for the others before it ends with an error. RuntimeError when there are more
+    processes on a machine than CUDA devices.
+    """
+    ranks = Ranks(*(int(os.environ.get(name, default)) for name, default in
+                    (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))
+    if device.type == "cuda":
+        if device.index is None and ranks.local >= torch.cuda.device_count():
+            raise RuntimeError(f"process {ranks.local} of this machine has no CUDA device, there are "
+                               f"{torch.cuda.device_count()}: --nproc-per-node {torch.cuda.device_count()} at most")
+        torch.cuda.set_device(ranks.local if device.index is None else device.index)
+    if "WORLD_SIZE" not in os.environ:
+        yield ranks
+        return
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=minutes))
+    yield ranks                    # after an error the group is just dropped: the others see a broken connection, and end
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Agreeing
+# --------------------------------------------------------------------------------------------------------------
+
+def total(numbers: Tensor) -> Tensor:
+    """The sum over all ranks, in place, on the device of `numbers`. The host does not wait for a CUDA device."""
+    if dist.is_initialized():
+        dist.all_reduce(numbers)
+    return numbers
+
+
+def from_first(make):
+    """make() as the first rank returns it, or raises it, on every rank; the others do not call it. Plain data alone."""
+    if not dist.is_initialized():
+        return make()
+    box = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = make()
+        except Exception as error:
+            box[1] = error
+    dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
+
+
+def wait_for_all() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The model
+# --------------------------------------------------------------------------------------------------------------
+
+def freeze_unused(model, lengths: dict) -> None:
+    """requires_grad False where no task of `lengths` ({task: tokens}) reaches: skipped blocks, routers that pick nobody.
+
+    A block is reached by a task that keeps K >= 1 tokens there, a predictor by every task that its layer routes, a
+    router's score by one that keeps K >= 1 (or always, when the score is its own predictor).
+    """
+    keep = model.plan.keep
+    for layer, block in enumerate(model.blocks):
+        reached = {task for task, length in lengths.items() if capacity(keep[task][layer], length) > 0}
+        block.requires_grad_(bool(reached))
+        for name, router in model.routers[layer].items():
+            served = {task for task in lengths if name in (task, "shared") and 0 < keep[task][layer] < 1}
+            router.requires_grad_(bool(served))
+            if router.predictor is not None:
+                router.score.requires_grad_(bool(served & reached))
+
+
+def wrap(objective: nn.Module, parallel: str, device: torch.device) -> nn.Module:
+    """The module to call: DDP around `objective`, or `objective` itself, sharded block by block by FSDP2, or as it is."""
+    if not dist.is_initialized():
+        return objective.to(device)
+    if parallel == "ddp":
+        return DistributedDataParallel(objective.to(device), broadcast_buffers=False, gradient_as_bucket_view=True)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for block in objective.model.blocks:
+        fully_shard(block, mesh=mesh)                      # moves the block's own share to the device, and nothing else
+    return fully_shard(objective, mesh=mesh)
+
+
+def synchronised(wrapped: nn.Module, now: bool):
+    """A context for forward and backward; gradients are averaged over the ranks when `now`, else only added up."""
+    if isinstance(wrapped, FSDPModule):
+        wrapped.set_requires_gradient_sync(now)
+    return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) and not now else nullcontext()
+
+
+def reshard(objective: nn.Module) -> None:
+    """After a forward without backward: FSDP2 leaves the outermost weights gathered until the next backward."""
+    if isinstance(objective, FSDPModule):
+        objective.reshard()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, the same memory; a plain tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensors: dict) -> dict:
+    """{name: tensor} with every sharded tensor gathered, on the CPU; every rank must call it and gets all of it."""
+    return {name: tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor.detach().cpu()
+            for name, tensor in tensors.items()}

@@ -1,0 +1,171 @@
+"""What moves in a run of train_full.py, and the one step that moves it, in one process or in many.
+
+A step is forward and backward over its micro-batches, one exchange of gradients, clipping, one update. Its loss is the mean
+over the labelled tokens of all micro-batches and ranks: the hosts add up their counts first (one small all-reduce between
+CPUs), every micro-batch weighs its losses with its part of them, and all that follows are sums.
+
+A host never waits for a CUDA device in here. That includes steps whose loss or gradient is not finite: the flag stays on the
+device and goes into the optimisers (`found_inf` of torch's fused AdamW, and of trainer.Muon), which then change nothing.
+The norm of the exchanged gradient and the added losses are the same on every rank, so every rank skips the same steps.
+"""
+
+import math
+from contextlib import contextmanager, nullcontext
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+from .checkpoints import named_tensors
+from .distributed import freeze_unused, local, reshard, synchronised, total, whole, wrap
+from .objectives import Objective, token_counts
+from .trainer import make_optimizers, precision
+from .transformer import UnifiedTransformer
+
+
+def share_out(batches: list, stop: bool = False) -> tuple[list, bool]:
+    """[{task: Batch}] of this rank -> ([{task: (a, b)}], does any rank want to stop?). All ranks call it.
+
+    a and b: the part that this micro-batch has of the labelled and of the valid tokens of the whole step.
+    """
+    counts = [{task: token_counts(batch) for task, batch in micro.items()} for micro in batches]
+    tasks = list(dict.fromkeys(task for micro in batches for task in micro))
+    sums = torch.zeros(len(tasks) + 1, 2, dtype=torch.float64)
+    for i, task in enumerate(tasks):
+        sums[i] = torch.tensor([micro[task] for micro in counts if task in micro]).sum(0)
+    sums[-1] = float(stop)
+    *rows, (stops, _) = total(sums).tolist()
+    whole_step = dict(zip(tasks, rows))
+    return [{task: tuple(n / max(1.0, of) for n, of in zip(pair, whole_step[task])) for task, pair in micro.items()}
+            for micro in counts], stops > 0
+
+
+def to_device(micro: dict, device: torch.device) -> dict:
+    """{task: Batch} on the device; through pinned memory for CUDA, so that the host does not wait for the copy."""
+    if device.type == "cuda":
+        micro = {task: type(batch)(*(None if t is None else t.pin_memory() for t in batch)) for task, batch in micro.items()}
+    return {task: batch.to(device) for task, batch in micro.items()}
+
+
+class Run:
+    """A model with its wrapper, optimisers, average and counters. config: of train_full.py; lengths: {task: tokens}.
+
+    stage "dense" or "unimod"; step: how many are done, which is the data position too; since: where the stage began.
+    """
+
+    def __init__(self, model, config, device: torch.device, lengths: dict, stage: str, step: int = 0, since: int = 0):
+        self.model, self.config, self.device, self.tasks = model, config, device, tuple(lengths)
+        self.stage, self.step, self.since = stage, step, since
+        freeze_unused(model, lengths)
+        prepare(model, config)
+        self.objective = Objective(model)
+        self.wrapped = wrap(self.objective, config.parallel, device)
+        self.optimizers = build_optimizers(model, config)
+        self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+        self.average = {name: p.detach().clone() for name, p in model.named_parameters()} if config.ema else {}
+        self.skipped = torch.zeros(2, device=device)                         # steps: in a row up to now, in all
+
+    def rate(self) -> float:
+        """Factor of the peak rate: up over the stage's warm-up, down to 0 at the last step by cosine or in a line."""
+        up = min(1.0, (self.step - self.since + 1) / self.config.warmup)
+        left = max(0.0, 1 - self.step / self.config.steps)
+        return up * (left if self.config.decay == "linear" else (1 - math.cos(math.pi * left)) / 2)
+
+    def advance(self, batches: list, parts: list) -> tuple[Tensor, Tensor]:
+        """One step -> losses (tasks, 2), of the task and of its predictors, and the gradient's norm: on the device."""
+        self.objective.train()
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        losses = torch.zeros(len(self.tasks), 2, device=self.device)
+        for number, (micro, part) in enumerate(zip(batches, parts, strict=True), start=1):
+            with synchronised(self.wrapped, now=number == len(batches)):
+                with precision(self.device):
+                    loss, shown = self.wrapped(to_device(micro, self.device), part)
+                (world * loss).backward()                  # DDP and FSDP divide by the number of ranks
+            losses += torch.stack([shown[task] for task in self.tasks])
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        self.update(1.0 - (total(losses).isfinite().all() & norm.isfinite()).float())
+        return losses, norm
+
+    def update(self, bad: Tensor) -> None:
+        """Optimisers and average; bad () float: 1 leaves the weights and the optimisers' state as they are."""
+        factor = self.rate()
+        for optimizer, peaks in zip(self.optimizers, self.peaks):
+            for group, peak in zip(optimizer.param_groups, peaks):
+                group["lr"] = factor * peak
+            optimizer.found_inf = bad
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.skipped = torch.stack(((self.skipped[0] + 1) * bad, self.skipped[1] + bad))
+        if self.average:                                   # early steps: a mean over few, so that it starts near the weights
+            n = self.step - self.since
+            decay = min(self.config.ema, (1 + n) / (10 + n))
+            pairs = [(local(self.average[name]), local(p.detach())) for name, p in self.model.named_parameters()]
+            torch._foreach_lerp_(*map(list, zip(*pairs)), 1 - decay)
+        self.step += 1
+
+    @torch.no_grad()
+    def evaluate(self, batches: list, parts: list) -> dict:
+        """{task: mean loss over all micro-batches and ranks} of the (averaged) model; all ranks call it."""
+        self.objective.eval()
+        sums = {task: torch.zeros(2, device=self.device) for micro in batches for task in micro}
+        with self.averaged(), precision(self.device):
+            for micro, part in zip(batches, parts, strict=True):
+                _, losses = self.objective(to_device(micro, self.device), part)
+                for task, pair in losses.items():
+                    sums[task] += pair
+            reshard(self.objective)
+        return {task: total(pair)[0].item() for task, pair in sums.items()}
+
+    @contextmanager
+    def averaged(self):
+        """Inside, the model has the averaged weights (if there is an average); afterwards its own, to the bit."""
+        def swap():
+            for name, parameter in self.model.named_parameters():
+                if name in self.average:
+                    a, b = local(parameter.detach()), local(self.average[name])
+                    kept = a.clone()
+                    a.copy_(b), b.copy_(kept)
+        swap()
+        try:
+            yield
+        finally:
+            swap()
+
+    def tensors(self) -> dict:
+        """{name: tensor}, all of a checkpoint; loading writes into them."""
+        return named_tensors(self.model, self.optimizers, average=self.average, count={"skipped": self.skipped})
+
+    def bare(self, average: bool) -> UnifiedTransformer:
+        """A copy of the (averaged) model without wrappers, on the CPU; all ranks call it. Takes no random number."""
+        with self.averaged() if average else nullcontext():
+            weights = {name: tensor.clone() for name, tensor in whole(self.model.state_dict()).items()}
+        with torch.random.fork_rng(devices=[]):
+            model = UnifiedTransformer(self.model.config, self.model.plan)
+        model.load_state_dict(weights)
+        return model
+
+
+def prepare(model, config) -> None:
+    """What the settings change about how a model computes, not what it computes."""
+    if config.activation_checkpointing:
+        for block in model.blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False,
+                                    preserve_rng_state=model.config.attention_dropout > 0)
+    if config.compile:
+        torch._dynamo.config.recompile_limit = 64          # a graph for each task, block kind and length
+        for module in model.blocks if config.parallel == "fsdp" else [model]:
+            module.compile(dynamic=False)
+
+
+def build_optimizers(model, config) -> list:
+    """Fused AdamW, norms and biases without decay; or Muon on the matrices of the blocks, AdamW on the rest."""
+    adamw = {"betas": (0.9, 0.95), "weight_decay": config.weight_decay, "fused": True}
+    if config.optimizer == "muon":
+        return make_optimizers(model, config.muon_lr, config.lr, **adamw)
+    moved = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in moved if p.ndim > 1]}, {"params": [p for p in moved if p.ndim < 2], "weight_decay": 0.0}]
+    return [torch.optim.AdamW(groups, lr=config.lr, **adamw)]
