@@ -39,7 +39,7 @@ from unimod_mini.transformer import PRESETS as PUBLISHED
 PRESETS = {
     "tiny": ((2, 2, 1, 32), {"steps": 20, "warmup": 5, "lr": 3e-3, "eval_samples": 16}),             # tests
     "laptop": ((8, 4, 2, 128), {"t2i": 16, "mmu": 16, "lr": 2e-3, "weight_decay": 0.01}),            # 2 M, a CPU
-    "base": ((12, 10, 5, 640), {"t2i": 64, "mmu": 64, "steps": 10000, "warmup": 500, "lr": 6e-4}),   # 59 M, one GPU
+    "base": ((12, 10, 5, 640), {"t2i": 64, "mmu": 64, "steps": 10000, "warmup": 500, "lr": 6e-4}),   # 60 M, one GPU
 }
 CHOICES = {"preset": (*PRESETS, *PUBLISHED), "method": METHODS, "optimizer": ("adamw", "muon"),
            "decay": ("cosine", "linear"), "parallel": ("ddp", "fsdp"), "resume": ("no", "auto")}
