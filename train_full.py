@@ -6,31 +6,29 @@
 
 The global batch, and so every loss, is the same however many processes share it and however often they accumulate. A
 run can be killed at any moment: the same command with --resume auto goes on, to the same weights. `--help` lists the
-settings. Reads top to bottom: settings, the run's state, one step, the layer switch, what is shown, the loop.
+settings. Reads top to bottom: settings, what a run works with, beginning and going on, the layer switch, what is shown,
+the loop. The step itself is in unimod_mini/run.py.
 """
 
 import math
-import signal
 import sys
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from unimod_mini import (METHODS, ModelConfig, Plan, UnifiedTransformer, arank_table, calibrate, checkpoints, load_checkpoint,
+from unimod_mini import (METHODS, ModelConfig, Plan, UnifiedTransformer, arank_table, calibrate, checkpoints,
                          plan_for_budget, save_checkpoint)
-from unimod_mini.distributed import Ranks, from_first, join
+from unimod_mini.distributed import Ranks, from_first, join, sigterm
 from unimod_mini.flops import flops_ratio
 from unimod_mini.journal import Clock, Journal, figures, line, samples
 from unimod_mini.objectives import TASK_WEIGHTS
 from unimod_mini.run import Run, share_out, to_device
 from unimod_mini.settings import help_of, listing, nearest, overrides
-from unimod_mini.shards import HEADER, Loader, Shards
-from unimod_mini.trainer import find_device, precision
+from unimod_mini.shards import Loader, Shards
+from unimod_mini.trainer import find_device, load_weights, precision
 from unimod_mini.transformer import PRESETS as PUBLISHED
 
 # --------------------------------------------------------------------------------------------------------------
@@ -41,16 +39,16 @@ from unimod_mini.transformer import PRESETS as PUBLISHED
 PRESETS = {
     "tiny": ((2, 2, 1, 32), {"steps": 20, "warmup": 5, "lr": 3e-3, "eval_samples": 16}),             # tests
     "laptop": ((8, 4, 2, 128), {"t2i": 16, "mmu": 16, "lr": 2e-3, "weight_decay": 0.01}),            # 2 M, a CPU
-    "base": ((12, 10, 5, 640), {"t2i": 64, "mmu": 64, "steps": 10000, "warmup": 500, "lr": 6e-4}),   # 59 M, one GPU
+    "base": ((12, 10, 5, 640), {"t2i": 64, "mmu": 64, "steps": 10000, "warmup": 500, "lr": 6e-4}),   # 60 M, one GPU
 }
-CHOICES = {"preset": (*PRESETS, *PUBLISHED), "method": METHODS, "optimizer": ("adamw", "muon"), "decay": ("cosine", "linear"),
-           "parallel": ("ddp", "fsdp"), "resume": ("no", "auto")}
+CHOICES = {"preset": (*PRESETS, *PUBLISHED), "method": METHODS, "optimizer": ("adamw", "muon"),
+           "decay": ("cosine", "linear"), "parallel": ("ddp", "fsdp"), "resume": ("no", "auto")}
 RANGES = {**dict.fromkeys(("steps", "accumulate", "warmup", "log_every", "eval_every", "eval_samples", "sample_every",
                            "save_every", "keep"), (1, math.inf)),
           **dict.fromkeys(("lr", "muon_lr", "clip", "timeout"), (1e-12, 1e12)), "budget": (0.01, 1), "dense": (0, 1),
           "drop": (0, 1), "ema": (0, 0.99999), **dict.fromkeys(("t2i", "mmu", "lm", "weight_decay"), (0, math.inf))}
-FREE = {"out", "data", "resume", "steps", "parallel", "accumulate", "compile", "activation_checkpointing", "device", "timeout",
-        "log_every", "eval_every", "eval_samples", "sample_every", "save_every", "keep"}   # may change when a run goes on
+FREE = {"out", "data", "resume", "steps", "parallel", "accumulate", "compile", "activation_checkpointing", "device",
+        "timeout", "log_every", "eval_every", "eval_samples", "sample_every", "save_every", "keep"}    # may change
 SWITCH = {"t2i": 20, "mmu": 50, "lm": 20}                  # samples that ARank is measured on (the paper's numbers)
 DRAWING = {"temperature": 1.0, "guidance": 1.0, "steps": 16}
 SHOWN, CALIBRATION, PATIENCE = 4, 32, 5                    # samples on a sheet; for thresholds; skipped steps in a row
@@ -126,11 +124,13 @@ def model_config(preset: str, tokenizer) -> ModelConfig:
     if preset in PUBLISHED:
         config = ModelConfig.preset(preset)
         if config.backbone != tokenizer.backbone:
-            raise ValueError(f"--preset {preset} is of the {config.backbone} backbone, the shards are of {tokenizer.backbone}")
+            raise ValueError(f"--preset {preset} is of the {config.backbone} backbone, the shards are of "
+                             f"{tokenizer.backbone}")
         return replace(config, **fitted, image_positions=config.image_positions and tokenizer.n_image)
     (layers, heads, groups, width), showo = PRESETS[preset][0], tokenizer.backbone == "showo"
-    return ModelConfig(tokenizer.backbone, layers, heads, heads if showo else groups, width, width * (4 if showo else 3), **fitted,
-                       rope_theta=1e4 if showo else 1e6, rope_fraction=0.5 if showo else 1.0, qk_norm=True,
+    kind = {"n_kv_head": heads, "d_ff": 4 * width, "rope_fraction": 0.5} if showo else {
+        "n_kv_head": groups, "d_ff": 3 * width, "rope_theta": 1e6}
+    return ModelConfig(tokenizer.backbone, layers, heads, d_model=width, qk_norm=True, **kind, **fitted,
                        image_positions=tokenizer.n_image)
 
 
@@ -150,12 +150,9 @@ class Job(NamedTuple):
     out: Path
 
     def about(self) -> dict:
-        """What a checkpoint belongs to. Every shard's header has the checksum of its data."""
-        digest = sha256()
-        for path in sorted(self.shards.folder.glob("*.shard")):
-            with open(path, "rb") as file:
-                digest.update(file.read(HEADER))
-        return {"shards": digest.hexdigest(), "tokenizer": self.shards.tokenizer_hash, "config": asdict(self.config)}
+        """What a checkpoint belongs to."""
+        return {"shards": checkpoints.identity(self.shards.folder), "tokenizer": self.shards.tokenizer_hash,
+                "config": asdict(self.config)}
 
     def say(self, *lines) -> None:
         if self.ranks.first:
@@ -178,7 +175,7 @@ def make_job(config: Config, ranks: Ranks, device: torch.device) -> Job:
 
 
 def held_out(config: Config, shards: Shards, counts: dict, ranks: Ranks) -> list:
-    """[{task: Batch}], this rank's part of the first samples of the held-out split, in pieces of a micro-batch's size."""
+    """[{task: Batch}], this rank's part of samples of the held-out split, in pieces of a micro-batch's size."""
     held = []
     for task, n in counts.items():
         piece, there = n // config.accumulate, min(config.eval_samples, shards.count(task, "held"))
@@ -200,14 +197,14 @@ def begin(job: Job) -> Run:
     path, facts = from_first(lambda: find_start(job, given))
     plan = Plan(**facts["plan"]) if path else given
     if missing := [task for task in job.counts if plan and task not in plan.tasks]:
-        raise ValueError(f"--plan {config.plan} has no row for {', '.join(missing)}: add it, or train without --{missing[0]}")
+        raise ValueError(f"--plan {config.plan} has no row for {', '.join(missing)}: add it, or set --{missing[0]} 0")
     torch.manual_seed(config.seed)                         # the same weights on every rank
     model = UnifiedTransformer(sizes, plan)
     if config.init and not path:
-        model = from_checkpoint(config.init, sizes, model.plan)
+        model = load_weights(config.init, sizes, model.plan)
     torch.manual_seed(config.seed * 1_000_003 + job.ranks.rank)              # but its own dropout
-    run = Run(model, config, job.device, job.lengths, *(facts["stage"], facts["step"], facts["since"]) if path else
-              ["unimod" if plan else "dense"])
+    place = (facts["stage"], facts["step"], facts["since"]) if path else ("unimod" if plan else "dense",)
+    run = Run(model, config, job.device, job.lengths, *place)
     if path:
         checkpoints.load(path, run.tensors(), job.ranks)
         job.say(f"going on from {path}, {run.step} of {config.steps} steps done, stage {run.stage}")
@@ -229,16 +226,6 @@ def find_start(job: Job, given: Plan | None) -> tuple:
     if given is not None and given != Plan(**facts["plan"]):
         raise ValueError(f"{path} belongs to a run with another plan than {job.config.plan} has now")
     return path, facts
-
-
-def from_checkpoint(path: str, sizes: ModelConfig, plan: Plan) -> UnifiedTransformer:
-    """The weights of --init under this plan, with fresh routers. ValueError when the model has other sizes."""
-    model, _ = load_checkpoint(path)
-    if model.config != sizes:
-        other = [f"{field.name} {getattr(model.config, field.name)} instead of {getattr(sizes, field.name)}"
-                 for field in fields(sizes) if getattr(model.config, field.name) != getattr(sizes, field.name)]
-        raise ValueError(f"--init {path} is another model than --preset with these shards makes: {', '.join(other)}")
-    return model.with_plan(plan)
 
 
 def save(run: Run, job: Job, held: float | None) -> None:
@@ -272,7 +259,8 @@ def switch(run: Run, job: Job) -> Run:
 def measure(model: UnifiedTransformer, job: Job, step: int) -> tuple:
     """ARank -> the fields of the method's plan; both are printed, the plan is written."""
     wanted, config = {task: SWITCH[task] for task in job.counts}, model.config
-    print(f"layer switch after {step} steps: ARank over length, on " + " + ".join(f"{n} {t}" for t, n in wanted.items()), flush=True)
+    told = " + ".join(f"{n} {task}" for task, n in wanted.items())
+    print(f"layer switch after {step} steps: ARank over length, on {told} samples", flush=True)
     table = arank_table(model.to(job.device), to_device(job.batches(wanted), job.device))
     print("layer  " + "".join(f"{task:>8}" for task in table))
     for layer, row in enumerate(zip(*table.values())):
@@ -280,7 +268,8 @@ def measure(model: UnifiedTransformer, job: Job, step: int) -> tuple:
     plan = plan_for_budget(job.config.method, table, config, job.lengths, job.config.budget)
     plan.save(job.out / "plan.json")
     saved = 1 - flops_ratio(config, plan, job.lengths, "train", job.counts)
-    print(f"plan ({job.config.method}), {saved:.1%} of a step's training FLOPs saved (full n x n attention)\n{plan}", flush=True)
+    print(f"plan ({job.config.method}), {saved:.1%} of a step's training FLOPs saved, full n x n attention\n{plan}",
+          flush=True)
     return plan.keep, plan.shared_router
 
 
@@ -296,9 +285,9 @@ def report(run: Run, job: Job, journal: Journal | None, losses, norm, clock: Clo
         journal.write(row)
         print(line(row, job.config.steps), flush=True)
     if in_a_row >= PATIENCE:
-        raise Diverged(f"the last {in_a_row} steps had a loss or a gradient that is not finite (losses {losses.tolist()}, norm "
-                       f"{norm.item()}) and were skipped: the weights are still those of step {run.step - in_a_row}. Look at --lr "
-                       "(lower it), --warmup (lengthen it), --clip, and at the samples of these steps")
+        raise Diverged(f"the last {in_a_row} steps had a loss or a gradient that is not finite and were skipped (losses "
+                       f"{losses.tolist()}, norm {norm.item()}): the weights are those of step {run.step - in_a_row}. "
+                       "Look at --lr (lower it), --warmup (lengthen it), --clip, and at the samples of these steps")
 
 
 def finished_model(run: Run, job: Job) -> UnifiedTransformer | None:
@@ -350,17 +339,6 @@ class Diverged(RuntimeError):
     """Too many steps in a row were skipped."""
 
 
-@contextmanager
-def sigterm():
-    """A list that is empty until the process gets a SIGTERM."""
-    asked = []
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def train(run: Run, job: Job, journal: Journal | None, asked: list) -> tuple[Run, dict]:
     """Steps, and what is due after each, until the last one or a SIGTERM. Returns the run and the last evaluation."""
     config, clock, held = job.config, Clock(run.step), {}
@@ -390,8 +368,8 @@ def introduce(run: Run, job: Job) -> None:
     checkpoints.write_json(job.out / "config.json", asdict(job.config))
     there = {task: [job.shards.count(task, split) for split in ("train", "held")] for task in job.counts}
     job.say(listing(job.config), f"{run.model.config}",
-            f"{sum(p.numel() for p in run.model.parameters()):,} parameters; {job.ranks.world} process(es) on {job.device.type}, "
-            f"torch {torch.__version__}, bf16 {'on' if precision(job.device)._enabled else 'off'}",
+            f"{sum(p.numel() for p in run.model.parameters()):,} parameters; {job.ranks.world} process(es) on "
+            f"{job.device.type}, torch {torch.__version__}, bf16 {'on' if precision(job.device)._enabled else 'off'}",
             *(f"{task}: {job.counts[task]} of {n} samples a step, {held} held out, {job.lengths[task]} tokens each"
               for task, (n, held) in there.items()))
 
@@ -399,7 +377,7 @@ def introduce(run: Run, job: Job) -> None:
 def main(argv=None) -> dict:
     config = parse(argv)
     device = find_device(config.device or None)
-    with join(device, config.timeout) as ranks, sigterm() as asked:
+    with sigterm() as asked, join(device, config.timeout) as ranks:
         job = make_job(config, ranks, device)
         run = begin(job)
         if ranks.first:

@@ -29,7 +29,7 @@ def changed(*changes, rank=0):
     term: this rank gets a SIGTERM after the step; fail: an error; nan: the loss of that step is no number on this rank.
     """
     kept = torch.cpu._is_avx512_bf16_supported, Run.advance, full.model_config, Objective.forward
-    full.SWITCH, full.SHOWN, full.CALIBRATION = {"t2i": 6, "mmu": 6}, 1, 4
+    full.SWITCH, full.SHOWN, full.CALIBRATION = {"t2i": 6, "mmu": 6, "lm": 6}, 1, 4
     torch.cpu._is_avx512_bf16_supported = lambda: False
     here, now = {what: steps for what, steps, on in (c for c in changes if c != "dropout") if on == rank}, [0]
 

@@ -4,10 +4,10 @@
     FOLDER/step-00000500/.metadata, *.distcp      weights, optimiser, EMA, counters by name, whoever holds them
     FOLDER/step-00000500/rng-0.pt ..              random state of every rank
 
-A checkpoint is written as FOLDER/step-00000500.tmp and renamed when it is complete, so a killed run leaves the last one.
-A folder without run.json, or with a file of another size than it says, was cut short (a full disk, a broken copy): it is
-passed over with a warning. Tensors are named after the model's parameters, so another number of ranks, or DDP instead of
-FSDP, reads them as well. All ranks must see FOLDER: on several machines it lies on a shared disk.
+A checkpoint is written as FOLDER/step-00000500.tmp and renamed when it is complete, so a killed run leaves the one
+before. A folder without run.json, or with a file of another size than it says, was cut short (a full disk, a broken
+copy): it is passed over with a warning. Tensors are named after the model's parameters, so another number of ranks, or
+DDP instead of FSDP, reads them as well. All ranks must see FOLDER: on several machines it lies on a shared disk.
 """
 
 import json
@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 import warnings
+from hashlib import sha256
 from math import isfinite
 from pathlib import Path
 
@@ -24,6 +25,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from .distributed import Ranks, local, wait_for_all
+from .shards import HEADER
 
 FACTS = "run.json"
 
@@ -109,7 +111,8 @@ def prune(folder: Path, keep: int) -> None:
     """Delete all checkpoints but the last `keep` and the one with the lowest held-out loss ("held" of its facts)."""
     paths = [path for path in sorted(folder.glob("step-????????")) if broken(path) is None]
     scores = {path: facts(path)["held"] for path in paths}
-    best = min((path for path in paths if scores[path] is not None and isfinite(scores[path])), key=scores.get, default=None)
+    judged = [path for path in paths if scores[path] is not None and isfinite(scores[path])]
+    best = min(judged, key=scores.get, default=None)
     for path in paths[:-keep]:
         if path != best:
             discard(path)
@@ -158,17 +161,27 @@ def newest(folder: Path) -> Path | None:
     return None
 
 
+def identity(folder: Path) -> str:
+    """What makes a folder of shards this one: their headers, which hold the checksums of their data."""
+    digest = sha256()
+    for path in sorted(folder.glob("*.shard")):
+        with open(path, "rb") as file:
+            digest.update(file.read(HEADER))
+    return digest.hexdigest()
+
+
 def refuse_another(path: Path, then: dict, now: dict, free: set) -> None:
-    """ValueError when the facts `then` of a checkpoint are of other data or settings (those in `free` apart) than `now`."""
+    """ValueError when the facts `then` of a checkpoint are of other data, or of settings outside `free`, than `now`."""
     for name in ("shards", "tokenizer"):
         if then[name] != now[name]:
-            raise ValueError(f"{path} was trained on other {name} than --data has: give the --data of that run, or choose "
-                             "another --out (and --init, to begin with its weights)")
-    told = [f"--{name.replace('_', '-')} {then['config'].get(name)}, now {value}" for name, value in now["config"].items()
-            if name not in free and value != then["config"].get(name)]
+            raise ValueError(f"{path} was trained on other {name} than --data has: give the --data of that run, or "
+                             "choose another --out (and --init, to begin with its weights)")
+    before = then["config"]
+    told = [f"--{name.replace('_', '-')} {before.get(name)}, now {value}" for name, value in now["config"].items()
+            if name not in free and value != before.get(name)]
     if told:
-        raise ValueError(f"{path} belongs to a run with other settings: {'; '.join(told)}. Give the same, or choose another "
-                         "--out")
+        raise ValueError(f"{path} belongs to a run with other settings: {'; '.join(told)}. Give the same, or choose "
+                         "another --out")
 
 
 def load(path: Path, tensors: dict, ranks: Ranks) -> None:

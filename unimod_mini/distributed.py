@@ -10,6 +10,7 @@ task reaches; those are frozen, so that plain DDP works and every rank reduces t
 """
 
 import os
+import signal
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import NamedTuple
@@ -53,10 +54,22 @@ def join(device: torch.device, minutes: float):
     if "WORLD_SIZE" not in os.environ:
         yield ranks
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=minutes))
-    yield ranks                    # after an error the group is just dropped: the others see a broken connection, and end
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
+    yield ranks                    # an error just drops the group: the others see a broken connection, and end
     dist.barrier()
     dist.destroy_process_group()
+
+
+@contextmanager
+def sigterm():
+    """A list that is empty until this process gets a SIGTERM, which then does nothing else."""
+    asked = []
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -96,7 +109,7 @@ def wait_for_all() -> None:
 # --------------------------------------------------------------------------------------------------------------
 
 def freeze_unused(model, lengths: dict) -> None:
-    """requires_grad False where no task of `lengths` ({task: tokens}) reaches: skipped blocks, routers that pick nobody.
+    """requires_grad False where no task of `lengths` ({task: tokens}) reaches: skipped blocks, idle routers.
 
     A block is reached by a task that keeps K >= 1 tokens there, a predictor by every task that its layer routes, a
     router's score by one that keeps K >= 1 (or always, when the score is its own predictor).
@@ -113,7 +126,7 @@ def freeze_unused(model, lengths: dict) -> None:
 
 
 def wrap(objective: nn.Module, parallel: str, device: torch.device) -> nn.Module:
-    """The module to call: DDP around `objective`, or `objective` itself, sharded block by block by FSDP2, or as it is."""
+    """The module to call: DDP around `objective`, or `objective` itself, as it is or sharded block by block by FSDP2."""
     if not dist.is_initialized():
         return objective.to(device)
     if parallel == "ddp":

@@ -1,4 +1,4 @@
-"""What a run tells: one line a few steps in the terminal, every figure in metrics.jsonl and, if it is there, TensorBoard.
+"""What a run tells: a line every few steps, every figure in metrics.jsonl and, if it is there, TensorBoard; samples.
 
 metrics.jsonl is only ever appended to, one JSON object a line. A run that resumes at step s first cuts it back to the
 rows of step s and before (and drops a last line that a kill tore), so that every step has one row in the end.
@@ -113,8 +113,8 @@ def figures(run, counts: dict, lengths: dict, losses, norm, seconds: float, worl
 
 def line(row: dict, steps: int) -> str:
     """A row of training as one line of the terminal."""
-    losses = "  ".join(f"{task} {row[f'loss_{task}']:.4f}" + (f" (+{row[f'predictor_{task}']:.3f})" if row[f"predictor_{task}"]
-                                                              else "") for task in row["kept"])
+    losses = "  ".join(f"{task} {row[f'loss_{task}']:.4f}"
+                       + (f" (+{row[f'predictor_{task}']:.3f})" if row[f"predictor_{task}"] else "") for task in row["kept"])
     kept = " ".join(f"{task} {share:.0%}" for task, share in row["kept"].items())
     mfu = "n/a" if row["mfu"] is None else f"{row['mfu']:.1%} (dense-equivalent {row['mfu_dense_equivalent']:.1%})"
     left = time.strftime("%H:%M:%S", time.gmtime(row["seconds_left"] % 86400))
@@ -126,14 +126,14 @@ def line(row: dict, steps: int) -> str:
 
 
 def samples(model, tokenizer, drawn: list, asked: list, drawing: dict, path: Path) -> str:
-    """Draw the captions of the samples `drawn`, answer the questions of `asked`: path.png and path.txt. Returns the text."""
+    """Draw the captions of the samples `drawn`, answer the questions of `asked`: a PNG and a .txt. Returns the text."""
     sheet, texts = [], [sample.question for sample in drawn]
     if drawn:
         sheet.append(generate_image(model, tokenizer, texts, **drawing))
     if asked:
         sheet.append(tokenizer.image.decode(torch.stack([sample.codes for sample in asked])))
         answers = generate_text(model, tokenizer, sheet[-1], [sample.question for sample in asked])
-        texts = texts + [f"{sample.question} {answer} (right: {sample.answer})" for sample, answer in zip(asked, answers)]
+        texts = texts + [f"{one.question} {answer} (right: {one.answer})" for one, answer in zip(asked, answers)]
     if not texts:
         return "no captions and no questions: nothing to show"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -81,9 +81,9 @@ def token_counts(batch: Batch) -> tuple[int, int]:
 class Objective(nn.Module):
     """The losses of every task in one forward, so that one backward (and one exchange of gradients) holds all tasks.
 
-    forward({task: Batch}, {task: (a, b)}) -> loss, a scalar, and {task: (a x task loss, b x predictor loss)} detached, (2,).
-    a and b: this batch's part of the labelled and of the valid tokens of a whole step. The means over the step are then
-    plain sums over micro-batches and ranks, however the tokens are spread over them.
+    forward({task: Batch}, {task: (a, b)}) -> loss, a scalar, and {task: (a x task loss, b x predictor loss), (2,)}
+    without gradient. a and b: this batch's part of the labelled and of the valid tokens of a whole step. The means over
+    the step are then plain sums over micro-batches and ranks, however the tokens are spread over them.
     """
 
     def __init__(self, model: nn.Module):

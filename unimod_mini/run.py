@@ -1,12 +1,15 @@
 """What moves in a run of train_full.py, and the one step that moves it, in one process or in many.
 
-A step is forward and backward over its micro-batches, one exchange of gradients, clipping, one update. Its loss is the mean
-over the labelled tokens of all micro-batches and ranks: the hosts add up their counts first (one small all-reduce between
-CPUs), every micro-batch weighs its losses with its part of them, and all that follows are sums.
+A step is forward and backward over its micro-batches, one exchange of gradients, clipping, one update. Its loss is the
+mean over the labelled tokens of all micro-batches and ranks: the hosts add up their counts first (one small all-reduce
+between CPUs), every micro-batch weighs its losses with its part of them, and all that follows are sums.
 
-A host never waits for a CUDA device in here. That includes steps whose loss or gradient is not finite: the flag stays on the
-device and goes into the optimisers (`found_inf` of torch's fused AdamW, and of trainer.Muon), which then change nothing.
-The norm of the exchanged gradient and the added losses are the same on every rank, so every rank skips the same steps.
+A host never waits for a CUDA device in here. That includes steps whose loss or gradient is not finite: the flag stays
+on the device and goes into the optimisers (`found_inf` of torch's fused AdamW, and of trainer.Muon), which then change
+nothing. The norm of the exchanged gradient and the added losses (a second small all-reduce, between devices) are the
+same on every rank, so every rank skips the same steps.
+
+Departure from the usual: the optimiser is not asked whether it may step, and no loss is read to find out.
 """
 
 import math
@@ -22,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from .checkpoints import named_tensors
 from .distributed import freeze_unused, local, reshard, synchronised, total, whole, wrap
 from .objectives import Objective, token_counts
+from .tokenizer import Batch
 from .trainer import make_optimizers, precision
 from .transformer import UnifiedTransformer
 
@@ -46,7 +50,7 @@ def share_out(batches: list, stop: bool = False) -> tuple[list, bool]:
 def to_device(micro: dict, device: torch.device) -> dict:
     """{task: Batch} on the device; through pinned memory for CUDA, so that the host does not wait for the copy."""
     if device.type == "cuda":
-        micro = {task: type(batch)(*(None if t is None else t.pin_memory() for t in batch)) for task, batch in micro.items()}
+        micro = {task: Batch(*(None if t is None else t.pin_memory() for t in batch)) for task, batch in micro.items()}
     return {task: batch.to(device) for task, batch in micro.items()}
 
 
@@ -100,7 +104,7 @@ class Run:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.skipped = torch.stack(((self.skipped[0] + 1) * bad, self.skipped[1] + bad))
-        if self.average:                                   # early steps: a mean over few, so that it starts near the weights
+        if self.average:                                   # at first a mean over few steps, so that it starts near
             n = self.step - self.since
             decay = min(self.config.ema, (1 + n) / (10 + n))
             pairs = [(local(self.average[name]), local(p.detach())) for name, p in self.model.named_parameters()]
@@ -167,5 +171,6 @@ def build_optimizers(model, config) -> list:
     if config.optimizer == "muon":
         return make_optimizers(model, config.muon_lr, config.lr, **adamw)
     moved = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in moved if p.ndim > 1]}, {"params": [p for p in moved if p.ndim < 2], "weight_decay": 0.0}]
+    groups = [{"params": [p for p in moved if p.ndim > 1]},
+              {"params": [p for p in moved if p.ndim < 2], "weight_decay": 0.0}]
     return [torch.optim.AdamW(groups, lr=config.lr, **adamw)]

@@ -1,7 +1,7 @@
 """`--key value` overrides of a frozen dataclass: typed by its fields, nothing guessed, nothing ignored.
 
-Departures from the usual: no argparse (its prefixes and type=bool take what was not meant) and no exec. A key is a field
-with - or _; a bool takes true or false, or stands alone for true; what is misspelt is an error that names the nearest.
+Departures from the usual: no argparse (its prefixes and type=bool take what was not meant) and no exec. A key is a
+field with - or _; a bool takes true or false, or stands alone for true; a misspelt key is an error with the nearest.
 """
 
 import difflib
@@ -27,7 +27,7 @@ def typed(name: str, kind: type, text: str):
 
 
 def overrides(config: type, argv: list) -> dict:
-    """["--steps", "5", "--compile", "--seed=1"] -> {"steps": 5, "compile": True, "seed": 1}. ValueError for the rest."""
+    """["--steps", "5", "--compile", "--seed=1"] -> {"steps": 5, "compile": True, "seed": 1}, else a ValueError."""
     kinds, out, left = {field.name: field.type for field in fields(config)}, {}, list(argv)
     while left:
         key, given, value = left.pop(0).partition("=")
@@ -54,5 +54,5 @@ def listing(config) -> str:
 
 def help_of(config: type) -> str:
     """The fields of a dataclass as its source has them: name, type, default and comment."""
-    lines = inspect.getsource(config).split("\n\n")[0].splitlines()[2:]
-    return "\n".join("  --" + line.strip().partition(":")[0].replace("_", "-") + ":" + line.partition(":")[2] for line in lines)
+    lines = [line.strip().partition(":") for line in inspect.getsource(config).split("\n\n")[0].splitlines()[2:]]
+    return "\n".join(f"  --{name.replace('_', '-')}:{rest}" for name, _, rest in lines)

@@ -78,7 +78,8 @@ class Muon(torch.optim.Optimizer):
             for (rows, columns), params in shapes.items():
                 buffers, grads, go = [self.state[p]["momentum"] for p in params], [p.grad for p in params], 1.0
                 if self.found_inf is not None:             # the buffer as its own gradient leaves the buffer as it is
-                    grads, go = [torch.where(self.found_inf > 0, *both) for both in zip(buffers, grads)], 1 - self.found_inf
+                    grads = [torch.where(self.found_inf > 0, *both) for both in zip(buffers, grads)]
+                    go = 1 - self.found_inf
                 torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
                 nesterov = torch._foreach_lerp(grads, buffers, group["momentum"])
                 updates = (orthogonal(torch.stack(nesterov)).to(params[0].dtype) * go).unbind()
@@ -94,7 +95,8 @@ def make_optimizers(model: nn.Module, lr: float = 0.02, lr_rest: float = 3e-3, *
     hidden = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
     ids = {id(p) for p in hidden}
     rest = [p for p in model.parameters() if id(p) not in ids]
-    return [Muon(hidden, lr), torch.optim.AdamW(rest, lr=lr_rest, **{"betas": (0.9, 0.99), "weight_decay": 0.01, **adamw})]
+    adamw = {"betas": (0.9, 0.99), "weight_decay": 0.01} | adamw
+    return [Muon(hidden, lr), torch.optim.AdamW(rest, lr=lr_rest, **adamw)]
 
 
 def learning_rate(step: int, steps: int, warmup: int = 20, decay: float = 0.0) -> float:
@@ -210,3 +212,12 @@ def load_checkpoint(path, device="cpu") -> tuple[UnifiedTransformer, dict]:
     except Exception as error:
         raise ValueError(f"{path} is not a checkpoint of unimod_mini: {error}") from error
     return model.to(device), stored
+
+
+def load_weights(path, config: ModelConfig, plan: Plan) -> UnifiedTransformer:
+    """A checkpoint's weights under another plan, with fresh routers. ValueError when its model has another config."""
+    model, _ = load_checkpoint(path)
+    here, there = asdict(config), asdict(model.config)
+    if other := [f"{name} {there[name]} instead of {value}" for name, value in here.items() if there[name] != value]:
+        raise ValueError(f"{path} is another model than the preset and the data make: {', '.join(other)}")
+    return model.with_plan(plan)
