@@ -26,7 +26,7 @@ from .checkpoints import named_tensors
 from .distributed import freeze_unused, local, reshard, synchronised, total, whole, wrap
 from .objectives import Objective, token_counts
 from .tokenizer import Batch
-from .trainer import make_optimizers, precision
+from .trainer import clip_gradients, make_optimizers, precision
 from .transformer import UnifiedTransformer
 
 
@@ -89,7 +89,7 @@ class Run:
                     loss, shown = self.wrapped(to_device(micro, self.device), part)
                 (world * loss).backward()                  # DDP and FSDP divide by the number of ranks
             losses += torch.stack([shown[task] for task in self.tasks])
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        norm = clip_gradients(self.model, self.config.clip)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self.update(1.0 - (total(losses).isfinite().all() & norm.isfinite()).float())
         return losses, norm

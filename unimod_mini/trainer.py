@@ -106,13 +106,25 @@ def learning_rate(step: int, steps: int, warmup: int = 20, decay: float = 0.0) -
     return min(up, down)
 
 
+def clip_gradients(model: nn.Module, limit: float) -> torch.Tensor:
+    """Clips the gradient to the norm `limit` in place. Returns the norm before, (), not finite when any gradient is not.
+
+    Predictors are left out of it: in one norm with the others, their loss would scale the model's gradient.
+    """
+    apart, together = [], []
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            (apart if ".predictor." in name else together).append(p)
+    norm = nn.utils.clip_grad_norm_(together, limit)
+    return norm + 0 * nn.utils.get_total_norm([p.grad for p in apart]) if apart else norm
+
+
 def train_step(model, optimizers, batches: dict, factor: float) -> dict:
     """One step on one batch of every task: forward, backward, clip, update. Returns {task: loss} as tensors."""
     losses = {task: task_losses(model, batch, task) for task, batch in batches.items()}
     total = sum(TASK_WEIGHTS[task] * loss.task + loss.predictor for task, loss in losses.items())
     total.backward()
-    # predictors apart: in one norm with the others, their loss would scale the model's gradient
-    nn.utils.clip_grad_norm_([p for name, p in model.named_parameters() if ".predictor." not in name], 1.0)
+    clip_gradients(model, 1.0)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = factor * group.setdefault("peak_lr", group["lr"])
