@@ -347,6 +347,7 @@ def test_bisect(target, slope):
     (["--plan", "foreign.json"], "foreign.json is not a plan"),
     (["--plan", "shallow.json"], "4 layers, asked for 't2i' and 8"),
     (["--span", "10"], "a span of 10 tokens does not fit into 9"),
+    (["--span", "-1"], "a span of -1 tokens does not fit into 9"),
 ])
 def test_errors_in_one_line(arguments, message, tmp_path, monkeypatch):
     """What cannot be counted ends the program with one line that says why."""
