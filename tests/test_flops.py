@@ -295,7 +295,8 @@ def test_the_table(plan, mode, tmp_path, capsys):
     if plan == "saved":
         plan = str(tmp_path / "plan.json")
         own.save(plan)
-    main(["--preset", "toy-showo", "--plan", plan, "--length", str(n), "--task", "mmu", "--mode", mode, "--span", "20"])
+    arguments = ["--preset", "toy-showo", "--plan", plan, "--length", str(n), "--task", "mmu", "--mode", mode]
+    main([*arguments, "--span", "20"])
     lines, flops = capsys.readouterr().out.splitlines(), count_flops(config, own, "mmu", n, mode)
     scale = 1e9 if count_flops(config, None, "mmu", n, mode).total >= 1e9 else 1e6
     assert f"{'G' if scale == 1e9 else 'M'}FLOPs, full n x n attention" in lines[0]
@@ -310,8 +311,12 @@ def test_the_table(plan, mode, tmp_path, capsys):
     text = "\n".join(lines)
     live = count_flops(config, own, "mmu", n, mode, spread_pairs(own.keep["mmu"], n, 20)).total
     assert f"total {live / scale:.4f}" in text and f"parameters: {count_parameters(config, own):,}" in text
-    assert f"{activation_bytes(config, own, 'mmu', n, True).total / 1e6:,.3f} MB" in text
-    assert f"cache, float32: {cache_bytes(config, own, 'mmu', n).total / 1e6:,.3f} MB" in text
+    main(arguments)
+    for out, spans in ((text, True), (capsys.readouterr().out, False)):
+        kept = [activation_bytes(config, which, "mmu", n, spans).total / 1e6 for which in (own, None)]
+        cache = [cache_bytes(config, which, "mmu", n).total / 1e6 for which in (own, None)]
+        assert "backward pass, float32: {:,.3f} MB (dense {:,.3f})".format(*kept) in out
+        assert "cache, float32: {:,.3f} MB (dense {:,.3f})".format(*cache) in out
 
 
 def test_the_comparison(capsys):
@@ -342,6 +347,7 @@ def test_bisect(target, slope):
     (["--plan", "foreign.json"], "foreign.json is not a plan"),
     (["--plan", "shallow.json"], "4 layers, asked for 't2i' and 8"),
     (["--span", "10"], "a span of 10 tokens does not fit into 9"),
+    (["--span", "-1"], "a span of -1 tokens does not fit into 9"),
 ])
 def test_errors_in_one_line(arguments, message, tmp_path, monkeypatch):
     """What cannot be counted ends the program with one line that says why."""
