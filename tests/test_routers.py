@@ -68,6 +68,12 @@ def test_plan_is_frozen_and_normal():
         plan.keep = {}
 
 
+def test_equal_plans_are_one_key():
+    """Plans serve in sets and as keys: equal ones, whatever the order of their tasks, have one hash."""
+    a, b = Plan({"t2i": (1, 0.5), "mmu": (0, 1)}), Plan({"mmu": (0.0, 1.0), "t2i": (1.0, 0.5)})
+    assert a == b and len({a, b, Plan({"t2i": (1, 0.5), "mmu": (0, 1)}, True)}) == 2
+
+
 def test_plan_kinds_and_routed_tasks():
     """A layer is named after the tasks that prune there; only 0 < keep < 1 needs a router."""
     plan = Plan({"t2i": (1, .6, 1, .5, 0, 0), "mmu": (1, 1, .2, .5, 1, .9), "lm": (1, 1, 1, 1, 1, 1)})

@@ -130,7 +130,7 @@ def read_image(path, size, name=None):
     try:
         from PIL import Image, ImageOps  # here, because nothing else needs Pillow
     except ImportError:
-        raise ImportError('needs Pillow: pip install "unimod-mini[images]" or pip install pillow')
+        raise ImportError('needs pillow: pip install pillow')
     try:
         with Image.open(path) as file:
             if file.mode not in MODES:  # 16-bit values would be clipped to white without a word

@@ -53,6 +53,9 @@ class Plan:
                 raise ValueError(f"Plan: keep ratios of {task!r} must lie in [0, 1], got {bad}")
         object.__setattr__(self, "keep", rows)
 
+    def __hash__(self) -> int:
+        return hash((frozenset(self.keep.items()), self.shared_router))
+
     @property
     def tasks(self) -> tuple:
         return tuple(self.keep)

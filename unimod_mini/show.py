@@ -52,7 +52,7 @@ def pillow():
     try:
         from PIL import Image
     except ImportError as error:
-        raise ImportError('PNG needs pillow: pip install "pillow" (or unimod-mini[images])') from error
+        raise ImportError('PNG needs pillow: pip install pillow') from error
     return Image
 
 
