@@ -6,6 +6,9 @@ moves within its place. The image tokenizer's patches are 2 x 2 pixels: 16 token
 are made of the same four patches, arranged differently, and so are crosses and diamonds: no token alone gives a shape
 away.
 
+Captions name objects in reading order, as a picture is read (Emu3 draws in that order; in any other, a caption without
+places says little about which of its colours comes first). Any order in a drawing is right.
+
 Everything is checked exactly: a generated picture is read back place by place, and an answer is right or wrong.
 Some colour-shape pairs are held out of training altogether (`composition`). The prompt categories follow GenEval
 (arXiv 2310.11513). Questions are only asked when they have exactly one right answer.
@@ -190,8 +193,6 @@ class World:
             things = [Thing(*pair, thing.place) for thing in things]
         hide_color, show_place = category in ("one_object", "two_objects"), category in ("place", "scene")
         asked = [Thing(None if hide_color else t.color, t.shape, t.place if show_place else None) for t in things]
-        if not show_place:
-            rng.shuffle(asked)
         text = (f"{NUMBERS[count]} {things[0].color} {plural(things[0].shape)}" if category == "counting" and count > 1
                 else " and ".join(phrase(thing) for thing in asked))
         return Prompt(text, category, tuple(asked)), things
