@@ -193,8 +193,9 @@ def against_hf(config: ModelConfig, args, device) -> dict:
     theirs = Step(lambda: TextModel(config), batches, device, args.compile, fullgraph=False)
     ours = Step(lambda: UnifiedTransformer(config), batches, device, args.compile)
     row = race(theirs, ours, 1.0, args.seconds, args.interval)
+    low, high = row["time_saved_interval"]
     print(f"against {theirs.model.name}, causal text: theirs {row['dense_ms']:.2f} ms, ours (dense) "
-          f"{row['unimod_ms']:.2f} ms, time saved {row['time_saved']:.1%}")
+          f"{row['unimod_ms']:.2f} ms, time saved {row['time_saved']:.1%} [{low:.1%},{high:.1%}], {row['pairs']} pairs")
     return {"name": theirs.model.name, "hf_ms": row["dense_ms"], "ours_ms": row["unimod_ms"], "pairs": row["pairs"],
             "time_saved": row["time_saved"], "time_saved_interval": row["time_saved_interval"]}
 
