@@ -25,6 +25,7 @@ from unimod_mini.distributed import Ranks, from_first, join, sigterm
 from unimod_mini.flops import flops_ratio
 from unimod_mini.journal import Clock, Journal, figures, line, samples
 from unimod_mini.objectives import TASK_WEIGHTS
+from unimod_mini.routers import TASKS
 from unimod_mini.run import Run, share_out, to_device
 from unimod_mini.settings import help_of, listing, nearest, overrides
 from unimod_mini.shards import Loader, Shards
@@ -46,7 +47,7 @@ CHOICES = {"preset": (*PRESETS, *PUBLISHED), "method": METHODS, "optimizer": ("a
 RANGES = {**dict.fromkeys(("steps", "accumulate", "warmup", "log_every", "eval_every", "eval_samples", "sample_every",
                            "save_every", "keep"), (1, math.inf)),
           **dict.fromkeys(("lr", "muon_lr", "clip", "timeout"), (1e-12, 1e12)), "budget": (0.01, 1), "dense": (0, 1),
-          "drop": (0, 1), "ema": (0, 0.99999), **dict.fromkeys(("t2i", "mmu", "lm", "weight_decay"), (0, math.inf))}
+          "drop": (0, 1), "ema": (0, 0.99999), **dict.fromkeys((*TASKS, "weight_decay"), (0, math.inf))}
 FREE = {"out", "data", "resume", "steps", "parallel", "accumulate", "compile", "activation_checkpointing", "device",
         "timeout", "log_every", "eval_every", "eval_samples", "sample_every", "save_every", "keep"}    # may change
 SWITCH = {"t2i": 20, "mmu": 50, "lm": 20}                  # samples that ARank is measured on (the paper's numbers)
@@ -167,7 +168,7 @@ class Job(NamedTuple):
 def make_job(config: Config, ranks: Ranks, device: torch.device) -> Job:
     """ValueError and FileNotFoundError for data that cannot be trained on."""
     shards = Shards(config.data, checksums=ranks.local == 0)
-    counts = {task: getattr(config, task) for task in ("t2i", "mmu", "lm") if getattr(config, task)}
+    counts = {task: getattr(config, task) for task in TASKS if getattr(config, task)}
     loader = Loader(shards, counts, config.seed, ranks.rank, ranks.world, config.accumulate, config.drop)
     lengths = {task: shards.tokenizer.length(task) for task in counts}
     held = held_out(config, shards, counts, ranks)
@@ -231,7 +232,7 @@ def find_start(job: Job, given: Plan | None) -> tuple:
 def save(run: Run, job: Job, held: float | None) -> None:
     """A checkpoint of this step; the last --keep of them and the best stay."""
     facts = {"stage": run.stage, "since": run.since, "held": held, "world": job.ranks.world, **job.about(),
-             "plan": {"keep": run.model.plan.keep, "shared_router": run.model.plan.shared_router}}
+             "plan": asdict(run.model.plan)}
     checkpoints.save(job.out / "checkpoints", run.step, run.tensors(), facts, job.ranks)
     if job.ranks.first:
         checkpoints.prune(job.out / "checkpoints", job.config.keep)

@@ -93,7 +93,8 @@ class Panel:
             out.append(f'<text x="{px:.1f}" y="{py + 16:.1f}" text-anchor="middle">{x:,}</text>')
         for y in ys:
             px, py = self.place(self.x[0], y)
-            out.append(f'<text x="{px - 5:.1f}" y="{py + 4:.1f}" text-anchor="end">{1000 * y:,{".0f" if y >= 0.01 else ".2g"}}</text>'
+            label = f"{1000 * y:,.0f}" if y >= 0.01 else f"{1000 * y:.2g}"
+            out.append(f'<text x="{px - 5:.1f}" y="{py + 4:.1f}" text-anchor="end">{label}</text>'
                        f'<line x1="{px:.1f}" y1="{py:.1f}" x2="{px + WIDE:.1f}" y2="{py:.1f}" stroke="#eee"/>')
         return "".join(out)
 

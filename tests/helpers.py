@@ -2,7 +2,9 @@
 
 Legend: B batch, T tokens, D width, H heads, G key/value heads, d head width.
 """
+import io
 import math
+import tarfile
 
 import torch
 from hypothesis import strategies as st
@@ -199,3 +201,15 @@ def naive_forward(model, task, inputs, chosen):
                               [None if c is None else c[b] for c in chosen]))
     logits, scores = zip(*rows)
     return torch.stack(logits), [torch.stack(s) for s in zip(*scores)]
+
+
+# ---------------------------------------------------------------- files
+
+def tar_of(path, files, mode="w"):
+    """{name: bytes} -> a tar; mode "w": without compression, "w:gz"."""
+    with tarfile.open(path, mode) as archive:
+        for name, content in files.items():
+            part = tarfile.TarInfo(name)
+            part.size = len(content)
+            archive.addfile(part, io.BytesIO(content))
+    return path

@@ -3,13 +3,13 @@ import io
 import json
 import subprocess
 import sys
-import tarfile
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from helpers import tar_of
 from unimod_mini import data
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
@@ -290,13 +290,7 @@ def fake_pack(style, into):
              "package/img/google/sheets/64.png": b"no", "package/LICENSE": b"no"}
     for line in ENTRIES:
         files[f"package/img/{style}/64/{line['image']}"] = f"{style} {line['name']}".encode()
-    path = into / f"{style}.tgz"
-    with tarfile.open(path, "w:gz") as archive:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return path
+    return tar_of(into / f"{style}.tgz", files, "w:gz")
 
 
 @pytest.fixture

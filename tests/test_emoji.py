@@ -1,12 +1,12 @@
 """unimod_mini.emoji: captions, questions, layout and splits of the emoji world, on a tiny stand-in for the packages."""
 import io
 import json
-import tarfile
 from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
 
+from helpers import tar_of
 from unimod_mini.emoji import NUMBERS, STYLES, TONES, Emoji, check_size, plain
 
 Image = pytest.importorskip("PIL.Image")
@@ -51,11 +51,7 @@ def write_archives(folder, entries=None, styles=STYLES):
                     buffer = io.BytesIO()
                     Image.new("RGBA", (64, 64), (*colour(image, style), 255)).save(buffer, "PNG")
                     files[f"package/img/{style}/64/{image}"] = buffer.getvalue()
-        with tarfile.open(archives[style], "w:gz", compresslevel=1) as archive:
-            for name, data in files.items():
-                part = tarfile.TarInfo(name)
-                part.size = len(data)
-                archive.addfile(part, io.BytesIO(data))
+        tar_of(archives[style], files, "w:gz")
     return archives
 
 

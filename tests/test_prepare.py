@@ -2,7 +2,6 @@
 import io
 import json
 import subprocess
-import tarfile
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers import tar_of
 from test_emoji import write_archives
 from unimod_mini import VQ, ByteText, Palette, WordText, chunks, data, prepare
 from unimod_mini.data import read_image
@@ -50,16 +50,6 @@ def folder_of(path, captions=CAPTIONS, csv=False):
             f'"{row["text"]}",{row["file_name"]},x\n' for row in rows))
     else:
         (path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def tar_of(path, files):
-    """{name: bytes} -> a tar without compression."""
-    with tarfile.open(path, "w") as archive:
-        for name, data_ in files.items():
-            part = tarfile.TarInfo(name)
-            part.size = len(data_)
-            archive.addfile(part, io.BytesIO(data_))
     return path
 
 

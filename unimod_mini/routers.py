@@ -13,7 +13,7 @@ Legend: B batch, T tokens, K slots of a routed layer, D width.
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -97,7 +97,7 @@ class Plan:
     def save(self, path) -> None:
         """Write as JSON, to a temporary name first."""
         with open(f"{path}.tmp", "w") as file:
-            json.dump({"keep": self.keep, "shared_router": self.shared_router}, file, indent=1)
+            json.dump(asdict(self), file, indent=1)
         os.replace(f"{path}.tmp", path)
 
     @classmethod

@@ -38,10 +38,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .objectives import drop_prompts, mask_image_tokens
+from .routers import TASKS
 from .tokenizer import Batch, Tokenizer
 
 FORMAT, VERSION, HEADER = "unimod_mini shard", 1, 4096
-TASKS, SPLITS = ("t2i", "mmu", "lm"), ("train", "held")
+SPLITS = ("train", "held")
 PIECE = 2**20                      # bytes that are read or written at once
 ROUNDS = 8                         # of the Feistel network
 

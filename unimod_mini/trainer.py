@@ -205,8 +205,7 @@ def predictor_report(model: UnifiedTransformer, batches: dict) -> dict:
 
 def save_checkpoint(path, model: UnifiedTransformer, **extra) -> None:
     """Weights, config, plan and plain `extra` data, readable with weights_only=True; written, then renamed."""
-    plan = {"keep": model.plan.keep, "shared_router": model.plan.shared_router}
-    torch.save({"model": model.state_dict(), "config": asdict(model.config), "plan": plan, **extra}, f"{path}.tmp")
+    torch.save({"model": model.state_dict(), "config": asdict(model.config), "plan": asdict(model.plan), **extra}, f"{path}.tmp")
     os.replace(f"{path}.tmp", path)
 
 
