@@ -11,7 +11,6 @@ dense), the evaluation by exact checkers, and what is written to --out.
 import argparse
 import copy
 import json
-import os
 import sys
 import time
 from dataclasses import replace
@@ -25,6 +24,7 @@ from unimod_mini import (METHODS, ModelConfig, Palette, Pictures, Plan, Tokenize
                          arank_table, calibrate, count_flops, generate_image, generate_text, load_image_folder,
                          make_optimizers, plan_for_budget, predictor_report, save_checkpoint, train_step)
 from unimod_mini.evaluate import blind_accuracy, evaluate
+from unimod_mini.files import whole_file
 from unimod_mini.objectives import drop_prompts, mask_image_tokens
 from unimod_mini.show import save_png, terminal
 from unimod_mini.trainer import find_device, learning_rate, precision, seed_everything
@@ -251,9 +251,8 @@ def write_results(out: Path, metrics: dict, model, tokenizer, world, drawing: di
     drawn = generate_image(model, tokenizer, prompts, **drawing)
     print("\n" + terminal(drawn) + "\n" + "\n".join(f"drawn {i}: {text}" for i, text in enumerate(prompts, start=1)))
     print("\n" + save_png(drawn, prompts, out / "samples.png", scale=max(1, 96 // drawn.shape[1])))
-    with open(out / "metrics.json.tmp", "w") as file:
+    with whole_file(out / "metrics.json") as file:
         json.dump(metrics, file, indent=1)
-    os.replace(out / "metrics.json.tmp", out / "metrics.json")
     save_checkpoint(out / "checkpoint.pt", model, tokenizer=tokenizer.state(), drawing=drawing)
     print(f"{out}/metrics.json, {out}/plan.json, {out}/checkpoint.pt written")
 

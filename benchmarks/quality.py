@@ -9,7 +9,6 @@ the same for scenes with a colour-shape pair that training never showed.
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from random import Random
@@ -19,6 +18,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from unimod_mini import Tokenizer, World, load_checkpoint  # noqa: E402
 from unimod_mini.evaluate import ask_and_judge, draw_and_judge  # noqa: E402
+from unimod_mini.files import whole_file  # noqa: E402
 from unimod_mini.trainer import find_device, precision  # noqa: E402
 
 RULES = ("topk", "causal")
@@ -66,9 +66,8 @@ def main() -> None:
             print(f"{task:<14}{row['scenes']:>8}{row['topk']:>9.1%}{row['causal']:>9.1%}{row['points']:>+9.2f}"
                   f"{row['standard_error']:>7.2f}{row['alike']:>8.1%}")
     if args.out:
-        with open(f"{args.out}.tmp", "w") as file:
+        with whole_file(args.out) as file:
             json.dump(results, file, indent=1)
-        os.replace(f"{args.out}.tmp", args.out)
 
 
 if __name__ == "__main__":

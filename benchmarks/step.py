@@ -19,7 +19,6 @@ Legend: B batch, T tokens, L layers.
 import argparse
 import contextlib
 import json
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +30,7 @@ from benchmarks.growth import counted_equal_at, draw, laws  # noqa: E402
 from benchmarks.text_models import TextModel  # noqa: E402
 from benchmarks.timing import Step, has_sync, race  # noqa: E402
 from unimod_mini import Batch, ModelConfig, Plan, UnifiedTransformer, count_flops, flops_ratio  # noqa: E402
+from unimod_mini.files import whole_file  # noqa: E402
 from unimod_mini.flops import peak_flops  # noqa: E402
 from unimod_mini.memory import activation_bytes  # noqa: E402
 from unimod_mini.published import bisect  # noqa: E402
@@ -228,8 +228,8 @@ def where(args, device) -> dict:
 
 def save(path, text: str) -> None:
     """Under a temporary name first."""
-    Path(f"{path}.tmp").write_text(text)
-    os.replace(f"{path}.tmp", path)
+    with whole_file(path) as file:
+        file.write(text)
 
 
 def main(argv=None) -> dict:

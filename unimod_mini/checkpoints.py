@@ -25,6 +25,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from .distributed import Ranks, local, wait_for_all
+from .files import whole_file
 from .shards import HEADER
 
 FACTS = "run.json"
@@ -32,8 +33,8 @@ FACTS = "run.json"
 
 def write_json(path, content) -> None:
     """Written to a temporary name, then renamed."""
-    Path(f"{path}.tmp").write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(f"{path}.tmp", path)
+    with whole_file(path) as file:
+        file.write(json.dumps(content, indent=1) + "\n")
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ import contextlib
 import hashlib
 import json
 import multiprocessing
-import os
 import signal
 from itertools import islice
 from pathlib import Path
@@ -24,19 +23,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .files import whole_file
 from .sources import Item, decode, share
 
 CHUNK = 1024                       # entries
-
-
-@contextlib.contextmanager
-def whole_file(path: Path, mode: str = "w"):
-    """A file that is opened under a temporary name and takes its own when all is written."""
-    temporary = path.with_name(path.name + ".tmp")
-    text = {} if "b" in mode else {"encoding": "utf-8", "errors": "backslashreplace"}
-    with open(temporary, mode, **text) as file:
-        yield file
-    os.replace(temporary, path)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ rows of step s and before (and drops a last line that a kill tore), so that ever
 """
 
 import json
-import os
 import resource
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from .files import whole_file
 from .flops import batch_flops, peak_flops
 from .generate import generate_image, generate_text
 from .show import save_png
@@ -59,8 +59,8 @@ def cut_back(path: Path, step: int) -> None:
             continue
         if row["step"] <= step:
             kept.append(line + "\n")
-    Path(f"{path}.tmp").write_text("".join(kept))
-    os.replace(f"{path}.tmp", path)
+    with whole_file(path) as file:
+        file.writelines(kept)
 
 
 class Clock:

@@ -32,9 +32,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .chunks import Chunks, whole_file
+from .chunks import Chunks
 from .data import CREDITS, VERSION, npm_pack
 from .emoji import STYLES, Emoji, check_size
+from .files import whole_file
 from .shards import Sample, write_shards
 from .show import pillow, save_png
 from .sources import ACCEPTED, read_source

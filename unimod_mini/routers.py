@@ -12,13 +12,14 @@ Legend: B batch, T tokens, K slots of a routed layer, D width.
 """
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .files import whole_file
 
 TASKS = ("t2i", "mmu", "lm")
 GOLDEN = 2654435769  # 2^32 / golden ratio: its multiples modulo 2^32 are spread as evenly as can be
@@ -96,9 +97,8 @@ class Plan:
 
     def save(self, path) -> None:
         """Write as JSON, to a temporary name first."""
-        with open(f"{path}.tmp", "w") as file:
+        with whole_file(path) as file:
             json.dump(asdict(self), file, indent=1)
-        os.replace(f"{path}.tmp", path)
 
     @classmethod
     def load(cls, path) -> "Plan":

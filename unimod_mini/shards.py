@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .files import whole_file
 from .objectives import drop_prompts, mask_image_tokens
 from .routers import TASKS
 from .tokenizer import Batch, Tokenizer
@@ -87,14 +88,14 @@ def write_shards(folder, tokenizer: Tokenizer, samples: dict, per_shard: int = 2
             raise ValueError(f"splits are {', '.join(SPLITS)}, tasks {', '.join(TASKS)}, not {split!r}: {list(tasks)}")
     for stale in (path for split in SPLITS for task in TASKS for path in folder.glob(f"{split}-{task}-*.shard*")):
         stale.unlink()
-    torch.save(tokenizer.state(), folder / "tokenizer.pt.tmp")
-    os.replace(folder / "tokenizer.pt.tmp", folder / "tokenizer.pt")
+    with whole_file(folder / "tokenizer.pt", "wb") as file:
+        torch.save(tokenizer.state(), file)
     digest = tokenizer_hash(tokenizer)
     counts = {split: {task: write_task(folder, tokenizer, digest, split, task, rows, per_shard)
                       for task, rows in tasks.items()} for split, tasks in samples.items()}
     text = json.dumps({"counts": counts, **(about or {})}, indent=1, ensure_ascii=False)
-    (folder / "dataset.json.tmp").write_text(text + "\n", encoding="utf-8")
-    os.replace(folder / "dataset.json.tmp", folder / "dataset.json")
+    with whole_file(folder / "dataset.json") as file:
+        file.write(text + "\n")
     return counts
 
 
@@ -119,8 +120,8 @@ def layout(tokenizer: Tokenizer, task: str, n: int = 0) -> dict:
 
 def write_shard(path: Path, header: dict, rows) -> int:
     """Records and their header, which is completed by their number and checksum -> one file; returns the number."""
-    seal, temporary = hashlib.sha256(), path.with_name(path.name + ".tmp")
-    with open(temporary, "wb", buffering=PIECE) as file:
+    seal = hashlib.sha256()
+    with whole_file(path, "wb", buffering=PIECE) as file:
         file.write(b" " * HEADER)
         for count, row in enumerate(rows, start=1):
             data = np.array(row, header["dtype"]).tobytes()
@@ -129,7 +130,6 @@ def write_shard(path: Path, header: dict, rows) -> int:
         file.seek(0)
         file.write(json.dumps(header).encode().ljust(HEADER))
         file.flush(), os.fsync(file.fileno())
-    os.replace(temporary, path)
     return count
 
 

@@ -3,12 +3,12 @@
 Legend: B pictures, H and W pixels, h and w rows and columns of image codes, T tokens.
 """
 
-import os
 import textwrap
 
 import torch
 from torch import Tensor
 
+from .files import whole_file
 from .transformer import inference
 
 DIM = 0.2        # what is left of a skipped patch's contrast to white
@@ -42,8 +42,8 @@ def save_png(images: Tensor, captions: list, path, scale: int = 8) -> str:
         x, y = i % columns * cell[0] + 8, i // columns * cell[1] + 8
         sheet.paste(Image.fromarray(image.cpu().numpy()).resize((W * scale, H * scale), Image.NEAREST), (x, y))
         pen.text((x, y + H * scale + 2), text, fill="black")
-    sheet.save(f"{path}.tmp", format="PNG")
-    os.replace(f"{path}.tmp", path)
+    with whole_file(path, "wb") as file:
+        sheet.save(file, format="PNG")
     return f"{path} written"
 
 
@@ -64,8 +64,9 @@ def enlarged(image: Tensor, least: int = 96) -> Tensor:
 
 def write_png(image: Tensor, path) -> None:
     """One picture, uint8 (H, W, 3), written to a temporary name and renamed."""
-    pillow().fromarray(image.cpu().numpy()).save(f"{path}.tmp", format="PNG")
-    os.replace(f"{path}.tmp", path)
+    picture = pillow().fromarray(image.cpu().numpy())      # before the file: without pillow there is none
+    with whole_file(path, "wb") as file:
+        picture.save(file, format="PNG")
 
 
 def read_png(path, height: int, width: int) -> Tensor:

@@ -3,13 +3,13 @@
 Legend: B batch, T tokens.
 """
 
-import os
 import random
 from dataclasses import asdict
 
 import torch
 from torch import nn
 
+from .files import whole_file
 from .objectives import TASK_WEIGHTS, task_losses
 from .routers import Plan
 from .transformer import ModelConfig, UnifiedTransformer, inference
@@ -205,8 +205,9 @@ def predictor_report(model: UnifiedTransformer, batches: dict) -> dict:
 
 def save_checkpoint(path, model: UnifiedTransformer, **extra) -> None:
     """Weights, config, plan and plain `extra` data, readable with weights_only=True; written, then renamed."""
-    torch.save({"model": model.state_dict(), "config": asdict(model.config), "plan": asdict(model.plan), **extra}, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    stored = {"model": model.state_dict(), "config": asdict(model.config), "plan": asdict(model.plan), **extra}
+    with whole_file(path, "wb") as file:
+        torch.save(stored, file)
 
 
 def load_checkpoint(path, device="cpu") -> tuple[UnifiedTransformer, dict]:
