@@ -149,11 +149,7 @@ class Job(NamedTuple):
     loader: Loader
     held: tuple                    # micro-batches of the held-out split and their parts, as share_out gives them
     out: Path
-
-    def about(self) -> dict:
-        """What a checkpoint belongs to."""
-        return {"shards": checkpoints.identity(self.shards.folder), "tokenizer": self.shards.tokenizer_hash,
-                "config": asdict(self.config)}
+    about: dict                    # what a checkpoint belongs to
 
     def say(self, *lines) -> None:
         if self.ranks.first:
@@ -172,7 +168,8 @@ def make_job(config: Config, ranks: Ranks, device: torch.device) -> Job:
     loader = Loader(shards, counts, config.seed, ranks.rank, ranks.world, config.accumulate, config.drop)
     lengths = {task: shards.tokenizer.length(task) for task in counts}
     held = held_out(config, shards, counts, ranks)
-    return Job(config, ranks, device, shards, counts, lengths, loader, (held, share_out(held)[0]), Path(config.out))
+    about = {"shards": checkpoints.identity(shards.folder), "tokenizer": shards.tokenizer_hash, "config": asdict(config)}
+    return Job(config, ranks, device, shards, counts, lengths, loader, (held, share_out(held)[0]), Path(config.out), about)
 
 
 def held_out(config: Config, shards: Shards, counts: dict, ranks: Ranks) -> list:
@@ -223,7 +220,7 @@ def find_start(job: Job, given: Plan | None) -> tuple:
     if path is None:
         return None, None
     facts = checkpoints.facts(path)
-    checkpoints.refuse_another(path, facts, job.about(), FREE)
+    checkpoints.refuse_another(path, facts, job.about, FREE)
     if given is not None and given != Plan(**facts["plan"]):
         raise ValueError(f"{path} belongs to a run with another plan than {job.config.plan} has now")
     return path, facts
@@ -231,7 +228,7 @@ def find_start(job: Job, given: Plan | None) -> tuple:
 
 def save(run: Run, job: Job, held: float | None) -> None:
     """A checkpoint of this step; the last --keep of them and the best stay."""
-    facts = {"stage": run.stage, "since": run.since, "held": held, "world": job.ranks.world, **job.about(),
+    facts = {"stage": run.stage, "since": run.since, "held": held, "world": job.ranks.world, **job.about,
              "plan": asdict(run.model.plan)}
     checkpoints.save(job.out / "checkpoints", run.step, run.tensors(), facts, job.ranks)
     if job.ranks.first:
