@@ -6,7 +6,6 @@ no retries; answers are greedy and must match to the word.
 
 from random import Random
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
