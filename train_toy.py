@@ -25,17 +25,18 @@ from unimod_mini import (METHODS, ModelConfig, Palette, Pictures, Plan, Tokenize
                          make_optimizers, plan_for_budget, predictor_report, save_checkpoint, train_step)
 from unimod_mini.evaluate import blind_accuracy, evaluate
 from unimod_mini.files import whole_file
-from unimod_mini.objectives import drop_prompts, mask_image_tokens
+from unimod_mini.objectives import TASK_WEIGHTS, drop_prompts, mask_image_tokens
 from unimod_mini.show import save_png, terminal
 from unimod_mini.trainer import find_device, learning_rate, precision, seed_everything
 
 # --------------------------------------------------------------------------------------------------------------
-# Settings: what each backbone needs. Budget: training FLOPs of the plan over those of dense.
+# Settings: what each backbone needs. Budget: training FLOPs of the plan over those of dense. mmu_weight: what its loss
+# counts beside that of t2i, much of which no model can know (shades, places that no caption names).
 # --------------------------------------------------------------------------------------------------------------
 
 SETTINGS = {
-    "emu3": dict(steps=1200, t2i=16, mmu=32, budget=0.60, temperature=0.7, guidance=1.0, draw_steps=1),
-    "showo": dict(steps=1800, t2i=36, mmu=20, budget=0.85, temperature=1.0, guidance=1.0, draw_steps=16),
+    "emu3": dict(steps=1000, t2i=12, mmu=36, mmu_weight=4.0, budget=0.60, temperature=0.7, guidance=1.0, draw_steps=1),
+    "showo": dict(steps=1400, t2i=36, mmu=20, mmu_weight=2.0, budget=0.85, temperature=1.0, guidance=1.0, draw_steps=16),
 }
 AIMS = {"t2i": 0.90, "mmu": 0.95}
 EVAL_SCENES = 504                  # of each task, from seeds that training never uses
@@ -97,16 +98,16 @@ class Sampler:
 # One phase of training
 # --------------------------------------------------------------------------------------------------------------
 
-def train(model, sampler, steps: int, decay: float, device, label: str) -> float:
+def train(model, sampler, steps: int, decay: float, device, label: str, mmu_weight: float = 1.0) -> float:
     """Train for `steps`; the rate falls to 0 over the last `decay` of them. Returns the median milliseconds a step."""
-    optimizers, times, means = make_optimizers(model), [], {}
+    optimizers, weights, times, means = make_optimizers(model), TASK_WEIGHTS | {"mmu": mmu_weight}, [], {}
     model.train()
     bar = tqdm(range(steps), desc=f"{label:<8}", unit="step", mininterval=1.0)
     for step in bar:
         batches = {task: batch.to(device) for task, batch in sampler().items()}
         start = time.perf_counter()
         with precision(device):
-            losses = train_step(model, optimizers, batches, learning_rate(step, steps, decay=decay))
+            losses = train_step(model, optimizers, batches, learning_rate(step, steps, decay=decay), weights)
         if step % 10 == 9 or step == steps - 1:            # reading a loss waits for the device
             means = {task: f"{loss.item():.3f}" for task, loss in losses.items()}
             bar.set_postfix(means, refresh=False)
@@ -140,7 +141,7 @@ def main(argv=None) -> dict:
     steps = args.steps or setting["steps"]
     more = max(1, steps // 2)
     print(f"\n1. dense training, {steps} steps of {setting['t2i']} t2i + {setting['mmu']} mmu sequences")
-    train(dense, sampler, steps, 0.0, device, "dense")
+    train(dense, sampler, steps, 0.0, device, "dense", setting["mmu_weight"])
 
     print("\n2. layer switch: ARank over length on 20 t2i prompts and 50 mmu samples")
     plan, flops = switch(dense, sampler, args.method, setting["budget"], device)
@@ -148,8 +149,8 @@ def main(argv=None) -> dict:
 
     print(f"\n3. {more} more steps: {args.method}, and dense for comparison, from the same weights and data")
     routed, same_data = dense.with_plan(plan), copy.deepcopy(sampler)
-    step_ms = {"routed": train(routed, sampler, more, 0.7, device, args.method),
-               "dense": train(dense, same_data, more, 0.7, device, "dense")}
+    step_ms = {"routed": train(routed, sampler, more, 0.7, device, args.method, setting["mmu_weight"]),
+               "dense": train(dense, same_data, more, 0.7, device, "dense", setting["mmu_weight"])}
 
     print(f"\n4. evaluation: {EVAL_SCENES} unseen scenes of each task, one sample each, free-running")
     drawing = {"temperature": setting["temperature"], "guidance": setting["guidance"], "steps": setting["draw_steps"]}

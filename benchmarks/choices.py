@@ -3,8 +3,8 @@
     python benchmarks/choices.py gate [--backbone emu3] [--steps 400] [--scenes 252] [--dense FILE]
     python benchmarks/choices.py membership
 
-For each value of the config field: the losses at the end (on fresh data), free-running accuracies with top-k
-and with causal routing, how often membership agrees with top-k, and its base rate. --dense keeps the dense model in
+For each value of the config field, on fresh data: the losses of both tasks and free-running accuracies, with top-k and
+with causal routing, how often membership agrees with top-k, and its base rate. --dense keeps the dense model in
 this file and takes it, and its steps, from there the next time.
 """
 
@@ -17,7 +17,7 @@ import train_toy as toy  # noqa: E402
 from unimod_mini import (arank_table, calibrate, load_checkpoint, plan_for_budget, predictor_report,  # noqa: E402
                          save_checkpoint)
 from unimod_mini.evaluate import evaluate  # noqa: E402
-from unimod_mini.objectives import task_losses  # noqa: E402
+from unimod_mini.objectives import cross_entropy  # noqa: E402
 from unimod_mini.routers import GATES, MEMBERSHIP_WEIGHT  # noqa: E402
 
 FIELDS = {"gate": GATES, "membership": MEMBERSHIP_WEIGHT}
@@ -42,7 +42,7 @@ def main() -> None:
         args.steps = stored["steps"]
     else:
         dense = toy.UnifiedTransformer(toy.toy_config(args.backbone, tokenizer)).to(device)
-        toy.train(dense, sampler, args.steps, 0.0, device, "dense")
+        toy.train(dense, sampler, args.steps, 0.0, device, "dense", setting["mmu_weight"])
         if args.dense:
             save_checkpoint(args.dense, dense, steps=args.steps)
     samples = {task: batch.to(device) for task, batch in toy.Sampler(world, tokenizer, 1, 20, 50)().items()}
@@ -53,10 +53,11 @@ def main() -> None:
     for choice in FIELDS[args.field]:
         model, data = dense.with_plan(plan, **{args.field: choice}), toy.Sampler(world, tokenizer, 2, setting["t2i"],
                                                                                    setting["mmu"])
-        toy.train(model, data, args.steps // 2, 0.7, device, choice)
+        toy.train(model, data, args.steps // 2, 0.7, device, choice, setting["mmu_weight"])
         rows.append((choice, *judge(model, data, world, args.scenes, drawing, device)))
     print(f"\n{args.backbone}, {args.steps} dense steps, then {args.steps // 2} routed ones, {args.scenes} scenes a task")
-    names = ("t2i loss", "mmu loss", "t2i top-k", "t2i causal", "mmu top-k", "mmu causal", "agreement", "base rate")
+    names = ("ce t2i", "ce t2i c.", "ce mmu", "ce mmu c.", "t2i", "t2i c.", "mmu", "mmu c.", "agreement", "base rate")
+    print("ce: cross-entropy; t2i, mmu: accuracies; c.: causal routing, else top-k; agreement: of membership with top-k")
     print(f"{args.field:<12}" + "".join(f"{name:>12}" for name in names))
     for choice, *values in rows:
         print(f"{choice:<12}" + "".join(f"{value:>12.3f}" for value in values))
@@ -64,12 +65,13 @@ def main() -> None:
 
 @toy.torch.no_grad()
 def judge(model, data, world, scenes: int, drawing: dict, device) -> list:
-    """Losses on fresh data, the four accuracies, agreement with top-k and its base rate."""
+    """The four losses on fresh data, the four accuracies, agreement with top-k and its base rate."""
     fresh = {task: batch.to(device) for task, batch in data(256, 256).items()}
     seen = {task: batch.to(device) for task, batch in data(128, 128).items()}
     with toy.precision(device):
         calibrate(model, seen)
-        losses = [task_losses(model, fresh[task], task).task.item() for task in ("t2i", "mmu")]
+        losses = [cross_entropy(model(**batch.inputs(), task=task, routing=routing).logits, batch.labels).item()
+                  for task, batch in fresh.items() for routing in ("topk", "causal")]
         scores = [evaluate(model, data.tokenizer, world, routing, scenes, 0, drawing, routing)
                   for routing in ("topk", "causal")]
         report = predictor_report(model, fresh)

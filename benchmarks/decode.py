@@ -111,9 +111,10 @@ def products(model, trace, keys, values) -> list:
             hidden = torch.randn(rows, config.d_ff, **like)
             q = torch.randn(rows, config.n_head, 1, d, **like)
             k, v = keys[:rows, :, :length], values[:rows, :, :length]
-            calls += [(F.linear, x, block.attention.qkv.weight), (F.scaled_dot_product_attention, q, k, v),
-                      (F.linear, x, block.attention.out.weight), (F.linear, x, block.mlp.up.weight),
-                      (F.linear, hidden, block.mlp.down.weight)]
+            attention, mlp = block.attention, block.mlp
+            wide = [attention.q, attention.k, attention.v, mlp.up, *([] if mlp.gate is None else [mlp.gate])]
+            calls += [*((F.linear, x, linear.weight) for linear in wide), (F.scaled_dot_product_attention, q, k, v),
+                      (F.linear, x, attention.out.weight), (F.linear, hidden, mlp.down.weight)]
         calls.append((F.linear, torch.randn(len(step[0]), config.d_model, **like), model.head.weight))
         steps.append(calls)
     return steps

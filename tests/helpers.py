@@ -135,9 +135,9 @@ def naive_linear(module, x):
 
 
 def naive_rotate(x, rope):
-    """x (T, d), rope (T, 2, r/2): the pair (a_i, a_{i + r/2}) is multiplied by cos + i sin, as complex numbers."""
-    half = rope.shape[-1]
-    z = torch.complex(x[:, :half], x[:, half:2 * half]) * torch.complex(rope[:, 0], rope[:, 1])
+    """x (T, d), rope (T, 2, r): the pair (a_i, a_{i + r/2}) is multiplied by cos + i sin, as complex numbers."""
+    half = rope.shape[-1] // 2
+    z = torch.complex(x[:, :half], x[:, half:2 * half]) * torch.complex(rope[:, 0, half:], rope[:, 1, half:])
     return torch.cat((z.real, z.imag, x[:, 2 * half:]), 1)
 
 
@@ -147,21 +147,22 @@ def naive_block(block, config, x, positions, spans, key):
     rope = rotary(positions[None], config.rope_dims, config.rope_theta)[0].to(x.dtype)
     sees = torch.tensor([[naive_sees(i, j, positions, spans, key) for j in range(T)] for i in range(T)])
     normed = naive_norm(block.norm, x)
-    parts = naive_linear(attention.qkv, normed).split(d, dim=1)                         # H + 2 G of (T, d)
+    qs, ks, vs = (naive_linear(part, normed).split(d, dim=1) for part in (attention.q, attention.k, attention.v))
     heads = []
     for h in range(config.n_head):
-        g = config.n_head + h // (config.n_head // config.n_kv_head)
-        q, k, v = parts[h], parts[g], parts[g + config.n_kv_head]
+        g = h // (config.n_head // config.n_kv_head)
+        q, k, v = qs[h], ks[g], vs[g]                                                   # (T, d)
         if config.qk_norm:
             q, k = naive_norm(attention.q_norm, q), naive_norm(attention.k_norm, k)
         logits = naive_rotate(q, rope) @ naive_rotate(k, rope).T / math.sqrt(d)
         heads.append(logits.masked_fill(~sees, -math.inf).softmax(1) @ v)
     a = naive_linear(attention.out, torch.cat(heads, 1))
-    up = naive_linear(block.mlp.up, normed if config.backbone == "showo" else naive_norm(block.norm_mlp, x + a))
+    inner = normed if config.backbone == "showo" else naive_norm(block.norm_mlp, x + a)
+    up = naive_linear(block.mlp.up, inner)
     if config.backbone == "showo":
         hidden = 0.5 * up * (1 + torch.tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up**3)))
     else:
-        gate, up = up.chunk(2, 1)
+        gate = naive_linear(block.mlp.gate, inner)
         hidden = gate / (1 + torch.exp(-gate)) * up
     return a + naive_linear(block.mlp.down, hidden)
 

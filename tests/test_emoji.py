@@ -1,12 +1,18 @@
-"""unimod_mini.emoji: captions, questions, layout and splits of the emoji world, on a tiny stand-in for the packages."""
+"""unimod_mini.emoji: captions, questions, layout and splits of the emoji world, on a tiny stand-in for the packages;
+the folder that train_toy.py reads."""
 import io
 import json
+import subprocess
+import sys
 from collections import Counter, defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from helpers import tar_of
+from unimod_mini import emoji
+from unimod_mini.data import load_image_folder, read_metadata
 from unimod_mini.emoji import NUMBERS, STYLES, TONES, Emoji, check_size, plain
 
 Image = pytest.importorskip("PIL.Image")
@@ -254,3 +260,138 @@ def test_errors(tmp_path):
     with pytest.raises(ValueError, match="scenes need two things, these 1 emoji have"):
         Emoji(write_archives(tmp_path), size=16, limit=1)
     assert len(list(Emoji(write_archives(tmp_path), size=16, limit=1, scenes=0))) >= 2
+
+# ------------------------------------------------------------------------------------ a folder for train_toy.py
+
+SMALL = [entry(0, "FOG", "Travel & Places"), entry(1, "OX", "Animals & Nature"), entry(2, "T-REX", "Animals & Nature"),
+         entry(3, "PEAR", "Food & Drink"), entry(4, "KEYCAP 1", "Symbols"), entry(5, "GONE", "Objects")]
+
+
+@pytest.fixture
+def packs(tmp_path, monkeypatch):
+    """Replaces npm_pack by small archives that hold more than is used; the list of the styles it was called with."""
+    calls = []
+    (tmp_path / "packs").mkdir()
+    monkeypatch.setattr(emoji, "npm_pack", lambda style, _: calls.append(style)
+                        or write_archives(tmp_path / "packs", SMALL)[style])
+    return calls
+
+
+def contents(folder):
+    """{path inside the folder: bytes} of every file."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes()
+            for path in folder.rglob("*") if path.is_file()}
+
+
+def test_things_and_short_names_come_first(tmp_path, packs):
+    """Things before signs, then by length; what a style does not draw is left out, and more cannot be asked for."""
+    emoji.fetch_folder(tmp_path / "emoji", 5)
+    captions = [caption for _, caption in read_metadata(tmp_path / "emoji")]
+    assert captions[::2] == [f"a google emoji of {name}" for name in ("ox", "fog", "pear", "t rex", "keycap 1")]
+    with pytest.raises(ValueError, match="5 emoji, not 6"):
+        emoji.fetch_folder(tmp_path / "more", 6)
+
+
+def test_emoji_folder_is_complete(tmp_path, packs):
+    """Pictures, captions and credits are written, and nothing else from the archives."""
+    folder = tmp_path / "new" / "emoji"
+    assert emoji.fetch_folder(folder, count=4) == 8
+    files = contents(folder)
+    assert set(files) == {"NOTICE", "metadata.jsonl", *(f"{style}/{name}.png" for style in STYLES
+                                                        for name in ("ox", "fog", "pear", "t_rex"))}
+    with Image.open(folder / "google" / "t_rex.png") as picture:
+        assert picture.size == (64, 64) and picture.getpixel((0, 0))[:3] == colour("2.png", "google")
+    rows = read_metadata(folder)
+    assert [caption for _, caption in rows][:3] == [
+        "a google emoji of ox", "a twitter emoji of ox", "a google emoji of fog"]
+    assert rows[-1] == (folder / "twitter" / "t_rex.png", "a twitter emoji of t rex")
+    notice = files["NOTICE"].decode()
+    assert all(word in notice for word in ("Noto", "Apache-2.0", "Twemoji", "CC-BY 4.0", "MIT"))
+
+
+def test_emoji_captions_are_plain_words(tmp_path, packs):
+    """Captions hold lower-case ASCII letters, digits and single spaces only."""
+    emoji.fetch_folder(tmp_path / "emoji", count=5)
+    for _, caption in read_metadata(tmp_path / "emoji"):
+        assert all(word.isascii() and word.isalnum() and word == word.lower() for word in caption.split(" "))
+
+
+def test_same_call_twice_fetches_once(tmp_path, packs):
+    """The second call fetches nothing and changes no file."""
+    emoji.fetch_folder(tmp_path / "emoji", count=2)
+    before = contents(tmp_path / "emoji")
+    assert emoji.fetch_folder(tmp_path / "emoji", count=2) == 4
+    assert packs == ["google", "twitter"] and contents(tmp_path / "emoji") == before
+
+
+def test_call_cut_short_is_done_again(tmp_path, packs, monkeypatch):
+    """A call that dies before its last step leaves no metadata, and the next call completes it."""
+    with monkeypatch.context() as patch:
+        patch.setattr("unimod_mini.files.os.replace", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            emoji.fetch_folder(tmp_path / "emoji", count=2)
+    assert set(contents(tmp_path / "emoji")) >= {"NOTICE.tmp", "google/ox.png"}
+    assert not (tmp_path / "emoji" / "metadata.jsonl").exists()
+    assert emoji.fetch_folder(tmp_path / "emoji", count=2) == 4
+    assert len(read_metadata(tmp_path / "emoji")) == 4
+
+
+@pytest.mark.parametrize("what", ["other count", "own data set", "own file"])
+def test_other_folders_are_left_alone(tmp_path, packs, what):
+    """A folder that holds anything else is refused before anything is fetched, and unchanged."""
+    folder = tmp_path / "mine"
+    if what == "other count":
+        emoji.fetch_folder(folder, count=3)
+    else:
+        folder.mkdir()
+        (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "mine"}\n')
+        (folder / "a.png").write_bytes(b"x")
+    if what == "own file":
+        (folder / "metadata.jsonl").unlink()
+    before = contents(folder)
+    packs.clear()
+    with pytest.raises(FileExistsError, match="mine"):
+        emoji.fetch_folder(folder, count=2)
+    assert packs == [] and contents(folder) == before
+
+
+def test_missing_npm_says_what_to_install(tmp_path, monkeypatch):
+    """Without npm nothing is written, and the error names Node.js."""
+    monkeypatch.setattr(emoji.shutil, "which", lambda name: None)
+    with pytest.raises(RuntimeError, match="npm is missing.*Node.js"):
+        emoji.fetch_folder(tmp_path / "emoji")
+    assert not (tmp_path / "emoji").exists()
+
+
+def test_npm_is_called_with_pinned_packages(tmp_path, monkeypatch):
+    """npm packs one exact version into the given folder; a failing npm is an error."""
+    seen = []
+    monkeypatch.setattr(emoji.shutil, "which", lambda name: sys.executable)
+    monkeypatch.setattr(emoji.subprocess, "run", lambda command, **how: seen.append((command, how)))
+    path = emoji.npm_pack("google", tmp_path)
+    (command, how), = seen
+    assert command[1:3] == ["pack", "emoji-datasource-google@16.0.0"]
+    assert how["cwd"] == tmp_path and path == tmp_path / "emoji-datasource-google-16.0.0.tgz"
+    monkeypatch.undo()
+    monkeypatch.setattr(emoji.shutil, "which", lambda name: sys.executable)  # "python pack" fails
+    with pytest.raises(subprocess.CalledProcessError):
+        emoji.npm_pack("google", tmp_path)
+
+
+def test_command_line(tmp_path, packs, capsys):
+    """FOLDER --count N says what it wrote and which command comes next."""
+    folder = tmp_path / "emoji"
+    emoji.main([str(folder), "--count", "2"])
+    out = capsys.readouterr().out
+    assert "4 pictures of 2 emoji" in out and f"python train_toy.py --images {folder}" in out
+    for arguments, message in ((["--count", "0"], "error: --count must be at least 1, got 0"), (["--count", "1"], "error: .* holds other things")):
+        with pytest.raises(SystemExit, match=message):
+            emoji.main([str(folder), *arguments])
+
+
+def test_written_emoji_load(tmp_path, packs):
+    """What is written is what load_image_folder reads."""
+    emoji.fetch_folder(tmp_path / "emoji", count=2)
+    images, captions = load_image_folder(tmp_path / "emoji", size=16)
+    assert images.shape == (4, 16, 16, 3) and len(captions) == 4
+    assert images[1, 0, 0].tolist() == list(colour("1.png", "twitter"))

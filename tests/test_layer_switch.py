@@ -52,9 +52,8 @@ def flatten(model, layer):
             attention.q_norm.weight[:-1] = 0.0
             attention.q_norm.bias.zero_()
         else:                                              # a query lives in one rotated plane, spanned by e_0, e_(d/2)
-            rows = torch.arange(attention.qkv.weight.shape[0])
-            query = rows < model.config.n_head * d
-            attention.qkv.weight[query & (rows % d != 0) & (rows % d != d // 2)] = 0.0
+            rows = torch.arange(attention.q.weight.shape[0])
+            attention.q.weight[(rows % d != 0) & (rows % d != d // 2)] = 0.0
 
 
 def ratio(config, plan, lengths, mode="train"):

@@ -157,14 +157,15 @@ def test_the_auxiliary_loss_has_its_weight():
         0.1 * predictor_loss(routing, batch.valid).item(), rel=1e-5)
 
 
-def test_a_step_weighs_the_tasks(monkeypatch):
-    """t2i and mmu count 1 and lm 0.1 (Show-o); the predictors' loss is not weighted by task."""
+@pytest.mark.parametrize("weights, total", [((), 3 + 5 + 7), (({"t2i": 1, "mmu": 4, "lm": 0},), 3 + 20)])
+def test_a_step_weighs_the_tasks(monkeypatch, weights, total):
+    """t2i and mmu count 1 and lm 0.1 (Show-o), or what is given; the predictors' loss is not weighted by task."""
     model, ones = torch.nn.Linear(1, 1), dict.fromkeys(("t2i", "mmu", "lm"))
     sizes = {"t2i": 3.0, "mmu": 5.0, "lm": 70.0}
     monkeypatch.setattr(trainer, "task_losses", lambda model, _, task: Losses(sizes[task] * model.bias[0], model.weight[0, 0]))
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: None)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     before = [p.item() for p in model.parameters()]
-    trainer.train_step(model, [optimizer], ones, 0.5)
+    trainer.train_step(model, [optimizer], ones, 0.5, *weights)
     moved = [a - p.item() for a, p in zip(before, model.parameters())]
-    assert moved == pytest.approx([0.5 * 3, 0.5 * (3 + 5 + 7)], rel=1e-5)
+    assert moved == pytest.approx([0.5 * 3, 0.5 * total], rel=1e-5)

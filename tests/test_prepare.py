@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from helpers import tar_of
 from test_emoji import write_archives
-from unimod_mini import VQ, ByteText, Palette, WordText, chunks, data, prepare
+from unimod_mini import VQ, ByteText, Palette, WordText, chunks, prepare
 from unimod_mini.data import read_image
+from unimod_mini.emoji import CREDITS
 from unimod_mini.prepare import main, parser
 from unimod_mini.shards import Shards
 from unimod_mini.show import read_png
@@ -445,7 +446,7 @@ def test_emoji_end_to_end(tmp_path, monkeypatch):
     train = {shards.sample("t2i", i).question for i in range(shards.count("t2i"))}
     kept_apart = {row["question"] for row in held if row["task"] == "t2i"}
     assert train and kept_apart and not train & kept_apart
-    assert (tmp_path / "out" / "skipped.txt").read_text() == "" and data.CREDITS["names"] in notice
+    assert (tmp_path / "out" / "skipped.txt").read_text() == "" and CREDITS["names"] in notice
 
 
 def test_the_sheet_shows_originals_on_top(tmp_path):

@@ -78,7 +78,7 @@ def answers(things, text):
     if words[:2] == ["how", "many"]:
         return [NUMBERS[sum(words[2] == "objects" or t.shape == SINGULAR[words[2]] for t in things)]]
     assert words[:3] == ["is", "there", "a"], text
-    return ["yes" if any(t.shape == words[3] for t in things) else "no"]
+    return ["yes" if any([t.color, t.shape] == words[3:] for t in things) else "no"]
 
 
 # ------------------------------------------------------------------------------------------- drawing, reading
@@ -208,20 +208,40 @@ def test_questions_have_exactly_one_right_answer(world, seed, held_out):
 
 
 def test_existence_on_a_crowded_board():
-    """In a world of two shapes a picture can leave no absent one to ask for; questions still come, and are right."""
+    """In a world of four pairs a picture can leave no absent one to ask for; questions still come, and are right."""
     world = World(max_objects=4, n_colors=2, n_shapes=2, n_held_out=0)
     questions, codes = world.sample_mmu(300, Random(0), categories=("existence",))
     for question, picture in zip(questions, codes):
         assert answers(look(world, picture), question.text) == [question.answer]
 
 
-def test_existence_is_balanced_and_asks_every_shape():
-    """Half of the answers are yes, for every shape."""
+def test_existence_is_balanced_and_asks_every_pair():
+    """Half of the answers are yes, for every colour and every shape; all training pairs are asked for, and no other."""
     world = World()
     questions, _ = world.sample_mmu(4000, Random(5), categories=("existence",))
-    for shape in world.shapes:
-        replies = [q.answer == "yes" for q in questions if shape in q.text.split()]
+    for word in (*world.colors, *world.shapes):
+        replies = [q.answer == "yes" for q in questions if word in q.text.split()]
         assert 0.4 < sum(replies) / len(replies) < 0.6
+    assert {tuple(q.text.split()[3:5]) for q in questions} == set(world.seen)
+
+
+@given(worlds(), seeds)
+def test_alike_scenes(world, seed):
+    """One shape, every colour once, training pairs at distinct places, two objects or more where the world has them."""
+    things = world.alike(Random(seed))
+    assert len({t.shape for t in things}) == 1 and len({t.color for t in things}) == len(things)
+    assert len({t.place for t in things}) == len(things) and {t[:2] for t in things} <= set(world.seen)
+    same = sum(shape == things[0].shape for _, shape in world.seen)
+    assert min(2, world.max_objects, same) <= len(things) <= world.max_objects
+
+
+def test_places_are_asked_among_objects_of_one_shape():
+    """About half of the training scenes that a place is asked in are of one shape, several objects."""
+    world = World()
+    dialogues, codes = world.sample_dialogues(1200, Random(0), 19)
+    scenes = [things for turns, things in zip(dialogues, world.read(codes)) if any(q.category == "place" for q in turns)]
+    same = [len(things) > 1 and len({t.shape for t in things}) == 1 for things in scenes]
+    assert 0.5 < sum(same) / len(same) < 0.75
 
 
 def test_place_is_asked_whenever_it_can_be():
@@ -260,11 +280,11 @@ def test_dialogues(world, seed, budget):
 
 
 def test_dialogues_give_no_later_answer_away():
-    """Every category is asked and opens a dialogue; a shape's existence is asked before anything names a shape, a place
-    or a shape is not asked after a question that says it; the toy's budget holds nearly all turns."""
+    """Every category is asked and opens a dialogue; existence is asked before anything names a shape, nothing is asked
+    after a question that says it; the toy's budget holds nearly all turns."""
     assert {first for first, *_ in DIALOGUES} == set(MMU_CATEGORIES)
     says = {"place": {"existence", "color", "shape"}, "color": {"existence"}, "shape": {"existence", "place"},
-            "count": {"existence"}, "existence": set()}
+            "count": {"existence"}, "existence": {"color", "shape"}}
     assert all(later not in says[first] for first, later in (d for d in DIALOGUES if len(d) == 2))
     world = World()
     asked, _ = world.sample_dialogues(1000, Random(0), world.longest_text + 2)

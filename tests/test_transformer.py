@@ -123,11 +123,13 @@ def test_attention_mask_against_a_loop(inputs):
 def test_rotary_angles():
     """cos and sin of position x theta^(-2 i / dims), also at the last position of the largest model."""
     rope = rotary(torch.tensor([[0, 3, 700]]), 6, 1e4)
-    assert rope.shape == (1, 3, 2, 3)
+    assert rope.shape == (1, 3, 2, 6)
     for t, position in enumerate((0, 3, 700)):
         for i in range(3):
             angle = position * 1e4 ** (-2 * i / 6)
-            assert rope[0, t, :, i].tolist() == pytest.approx([math.cos(angle), math.sin(angle)], abs=1e-4)
+            for column, sign in ((i, -1), (i + 3, 1)):
+                expected = [math.cos(angle), sign * math.sin(angle)]
+                assert rope[0, t, :, column].tolist() == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)

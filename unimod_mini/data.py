@@ -2,16 +2,9 @@
 
 A data set is a folder of pictures and a `metadata.jsonl`, one JSON object a line (the Hugging Face
 imagefolder convention; other keys are ignored): {"file_name": "a/1.jpg", "text": "a sleeping cat"}.
-`fetch_emoji` makes one of public emoji art: `python -m unimod_mini.data emoji FOLDER`.
+`python -m unimod_mini.emoji FOLDER` makes one of public emoji art.
 """
-import argparse
 import json
-import re
-import shutil
-import subprocess
-import sys
-import tarfile
-import tempfile
 from pathlib import Path
 
 import torch
@@ -20,12 +13,8 @@ from tqdm import tqdm
 from .shapes import Prompt, Question
 from .tokenizer import Palette
 
-METADATA, VERSION = "metadata.jsonl", "16.0.0"  # VERSION of the emoji packages: the same for all
+METADATA = "metadata.jsonl"
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # at most 8 bits a channel
-CATEGORIES = ("Animals & Nature", "Food & Drink", "Objects")  # emoji of things, chosen first
-CREDITS = {"google": "Noto Emoji, Google LLC, Apache-2.0, https://apache.org/licenses/LICENSE-2.0",
-           "twitter": "Twemoji (Twitter), CC-BY 4.0, https://creativecommons.org/licenses/by/4.0",
-           "names": "emoji-datasource (emoji.json), (c) 2013 Cal Henderson, MIT"}
 
 
 def load_image_folder(folder, size=32, limit=None):
@@ -146,81 +135,3 @@ def read_image(path, size, name=None):
     square = Image.new("RGB", (size, size), "white")
     square.paste(small, ((size - width) // 2, (size - height) // 2))
     return torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).view(size, size, 3)
-
-
-def fetch_emoji(folder, count=200, styles=("google", "twitter")):
-    """Fill `folder` with `count` emoji in each style, unless it was done; returns how many files.
-
-    Raises ValueError, RuntimeError (npm missing), CalledProcessError (npm failed), FileExistsError.
-    """
-    folder, ours = Path(folder), {"NOTICE", METADATA + ".tmp", *styles}  # from a call cut short
-    if count < 1 or not styles or not set(styles) <= {"google", "twitter"}:
-        raise ValueError(f"count >= 1 and styles google, twitter, not {count} and {styles}")
-    starts = [f"a {style}" for style in styles] * count
-    if (folder / METADATA).exists():
-        if [text.split(" emoji of ")[0] for _, text in read_metadata(folder)] == starts:
-            return len(starts)
-    elif {path.name for path in folder.glob("*")} <= ours:
-        with tempfile.TemporaryDirectory() as scratch:  # 62 and 74 MB, not kept
-            write_emoji(folder, {style: npm_pack(style, scratch) for style in styles}, count)
-        return len(starts)
-    raise FileExistsError(f"{folder} holds other things: choose a new or an empty folder")
-
-
-def npm_pack(style, into):
-    """Fetch the npm package of a style into the folder `into`; returns the path of the .tgz."""
-    package, npm = f"emoji-datasource-{style}", shutil.which("npm")
-    if npm is None:
-        raise RuntimeError("npm is missing (it only fetches): install Node.js, https://nodejs.org")
-    subprocess.run([npm, "pack", f"{package}@{VERSION}", "--loglevel=error"], cwd=into, check=True)
-    return Path(into) / f"{package}-{VERSION}.tgz"
-
-
-def write_emoji(folder, archives, count):
-    """Write `count` emoji of each style of `archives`, {style: .tgz}; the metadata comes last."""
-    rows, parts = [], {}
-    for style, tgz in archives.items():
-        with tarfile.open(tgz) as archive:  # {name in the archive: bytes}, of what we use alone
-            parts[style] = {part.name: archive.extractfile(part).read() for part in archive if
-                            re.match(f"package/(emoji.json|img/{style}/64/.+)$", part.name)}
-        (folder / style).mkdir(parents=True, exist_ok=True)
-    entries = json.loads(parts[style]["package/emoji.json"])  # the same in each package
-    for name, image in choose_emoji(entries, count, archives).items():
-        for style in archives:
-            file_name = f"{style}/{name.replace(' ', '_')}.png"
-            (folder / file_name).write_bytes(parts[style][f"package/img/{style}/64/{image}"])
-            rows.append({"file_name": file_name, "text": f"a {style} emoji of {name}"})
-    (folder / "NOTICE").write_text("".join(f"{k}: {CREDITS[k]}\n" for k in (*archives, "names")))
-    (folder / f"{METADATA}.tmp").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / f"{METADATA}.tmp").replace(folder / METADATA)  # a folder with metadata is complete
-
-
-def choose_emoji(entries, count, styles):
-    """{name: image} of `count` entries of emoji.json, in lower-case words ("T-REX": "t rex")."""
-    ranked = {}  # things first, then the shortest names; no digits, no accents, no missing style
-    for entry in entries:
-        name = entry["name"].lower().replace("-", " ")
-        if re.fullmatch("[a-z ]+", name) and all(entry[f"has_img_{style}"] for style in styles):
-            ranked[entry["category"] not in CATEGORIES, len(name), name] = entry["image"]
-    if count > len(ranked):
-        raise ValueError(f"there are {len(ranked)} emoji with plain names, not {count}")
-    return {rank[-1]: ranked[rank] for rank in sorted(ranked)[:count]}
-
-
-def main(argv=None):
-    """Fetch a folder of captioned emoji that `train_toy.py --images` can train on."""
-    parser = argparse.ArgumentParser(prog="python -m unimod_mini.data", description=main.__doc__)
-    parser.add_argument("what", choices=["emoji"], help="the data set to fetch")
-    parser.add_argument("folder", help="a new or an empty folder")
-    parser.add_argument("--count", type=int, default=200, help="emoji, each in two styles (200)")
-    args = parser.parse_args(argv)
-    try:
-        total = fetch_emoji(args.folder, args.count)
-    except (OSError, ValueError, RuntimeError, subprocess.CalledProcessError) as error:
-        sys.exit(f"error: {error}")
-    print(f"{args.folder}: {total} pictures of {args.count} emoji, {METADATA} and NOTICE (credits)")
-    print(f"next: python train_toy.py --images {args.folder}")
-
-
-if __name__ == "__main__":
-    main()

@@ -15,22 +15,34 @@ Held out are recombinations of what training shows in other company, each by the
 
 Departure from other recombination sets: no name is held out altogether. There is one drawing of a concept and style, so
 that an unseen name could not be learnt.
+
+`python -m unimod_mini.emoji FOLDER` leaves the pictures of some concepts as files, for `train_toy.py --images FOLDER`.
 """
 
+import argparse
 import io
 import json
 import re
+import shutil
+import subprocess
+import sys
 import tarfile
+import tempfile
 import unicodedata
+from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
 from tqdm import tqdm
 
-from .data import read_image
+from .data import METADATA, read_image, read_metadata
+from .files import whole_file
 from .sources import Item, share
 
-STYLES = ("google", "twitter")
+STYLES, VERSION = ("google", "twitter"), "16.0.0"              # VERSION of the npm packages: the same for both
+CREDITS = {"google": "Noto Emoji, Google LLC, Apache-2.0, https://apache.org/licenses/LICENSE-2.0",
+           "twitter": "Twemoji (Twitter), CC-BY 4.0, https://creativecommons.org/licenses/by/4.0",
+           "names": "emoji-datasource (emoji.json), (c) 2013 Cal Henderson, MIT"}
 TONES = {"1F3FB": "light", "1F3FC": "medium light", "1F3FD": "medium", "1F3FE": "medium dark", "1F3FF": "dark"}
 GROUPS = {"Smileys & Emotion": "face", "People & Body": "person", "Animals & Nature": "nature", "Food & Drink": "food",
           "Travel & Places": "place", "Activities": "activity", "Objects": "object", "Symbols": "symbol",
@@ -216,3 +228,78 @@ def pair_texts(names: list, relation: str, style: str, rng: Random) -> list:
             ("mmu", f"what is {relation} {second} ?", first),
             ("mmu", f"what is {other} {first} ?", second),
             ("mmu", f"is {first} {claimed} {second} ?", "yes" if stands else "no")]
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Fetching; a folder of pictures for train_toy.py --images
+# --------------------------------------------------------------------------------------------------------------
+
+def npm_pack(style: str, into) -> Path:
+    """Fetch the npm package of a style into the folder `into`; returns the path of the .tgz."""
+    package, npm = f"emoji-datasource-{style}", shutil.which("npm")
+    if npm is None:
+        raise RuntimeError("npm is missing (it only fetches): install Node.js, https://nodejs.org")
+    subprocess.run([npm, "pack", f"{package}@{VERSION}", "--loglevel=error"], cwd=into, check=True)
+    return Path(into) / f"{package}-{VERSION}.tgz"
+
+
+def fetch_folder(folder, count: int = 200) -> int:
+    """Fill `folder` with `count` emoji in each style, unless it was done; returns how many files.
+
+    Raises ValueError, RuntimeError (npm missing), CalledProcessError (npm failed), FileExistsError.
+    """
+    folder, ours = Path(folder), {"NOTICE", "NOTICE.tmp", METADATA + ".tmp", *STYLES}   # of a call cut short
+    if count < 1:
+        raise ValueError(f"--count must be at least 1, got {count}")
+    starts = [f"a {style}" for style in STYLES] * count
+    if (folder / METADATA).exists():
+        if [text.split(" emoji of ")[0] for _, text in read_metadata(folder)] == starts:
+            return len(starts)
+    elif {path.name for path in folder.glob("*")} <= ours:
+        with tempfile.TemporaryDirectory() as scratch:                       # 62 and 74 MB, not kept
+            write_folder(folder, {style: npm_pack(style, scratch) for style in STYLES}, count)
+        return len(starts)
+    raise FileExistsError(f"{folder} holds other things: choose a new or an empty folder")
+
+
+def write_folder(folder: Path, archives: dict, count: int) -> None:
+    """`count` concepts of {style: .tgz} as files, things and short names first; the metadata comes last."""
+    entries, files = read_archives(archives)
+    concepts = sorted(choose_concepts(entries, files), key=lambda c: (c.group not in THINGS, len(c.name), c.name))
+    if count > len(concepts):
+        raise ValueError(f"there are {len(concepts)} emoji, not {count}")
+    rows = []
+    for style in archives:
+        (folder / style).mkdir(parents=True, exist_ok=True)
+    for concept in concepts[:count]:
+        for style in archives:
+            name = f"{style}/{concept.name.replace(' ', '_')}.png"
+            (folder / name).write_bytes(files[style][concept.images[""]])
+            rows.append({"file_name": name, "text": f"a {style} emoji of {concept.name}"})
+    write_notice(folder)
+    with whole_file(folder / METADATA) as file:                              # a folder with metadata is complete
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def write_notice(folder: Path, remark: str = "") -> None:
+    """The credits that the licences of the emoji ask for."""
+    with whole_file(folder / "NOTICE") as file:
+        file.write("".join(f"{name}: {credit}\n" for name, credit in CREDITS.items()) + remark)
+
+
+def main(argv=None) -> None:
+    """Fetch a folder of captioned emoji that `train_toy.py --images` can train on."""
+    parser = argparse.ArgumentParser(prog="python -m unimod_mini.emoji", description=main.__doc__)
+    parser.add_argument("folder", help="a new or an empty folder")
+    parser.add_argument("--count", type=int, default=200, help="emoji, each in two styles (200)")
+    args = parser.parse_args(argv)
+    try:
+        total = fetch_folder(args.folder, args.count)
+    except (OSError, ValueError, RuntimeError, subprocess.CalledProcessError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{args.folder}: {total} pictures of {args.count} emoji, {METADATA} and NOTICE (credits)")
+    print(f"next: python train_toy.py --images {args.folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -4,9 +4,10 @@ Activations are what autograd holds after a forward in float32 on a CPU (checked
 keep less), each storage once, ids included, parameters, logits and loss apart; eager mode, no autocast, no dropout.
 Attention is the fused kernel: no n x n scores are kept, but a mask is, in every layer. In floats, of n tokens:
 
-    norm               input D, output D, 2 statistics (LayerNorm); input, normalised input and output 3 D, 1 (RMSNorm)
-    qkv                its output (H + 2 G) d; with QK norm 2 (H + G) statistics more
-    attention          rotated queries and keys (H + G) d, output D, log-sum-exp H; with a mask n, its row in float32
+    norm               input D, output D, 2 statistics (LayerNorm); input, its factors and output 3 D, 1 (RMSNorm)
+    QK norm            queries and keys before it (H + G) d, 2 (H + G) statistics
+    attention          rotated queries and keys (H + G) d, values G d, output D, log-sum-exp H; with a mask n, its row
+                       in float32
     MLP                before and after GELU 2 F; SwiGLU 4 F: gate and up, silu(gate), their product
     routed layer       x itself T D, scores T, predictor 2 T h; u K D, gates
 
@@ -45,7 +46,7 @@ def block_activations(config: ModelConfig, n: int, masked: bool) -> int:
     D, d, H, G = config.d_model, config.head_width, config.n_head, config.n_kv_head
     showo = config.backbone == "showo"
     norms = 2 * D + 2 if showo else 2 * (3 * D + 1)                                # emu3 has two
-    attention = (H + 2 * G) * d + (H + G) * d + D + H + (2 * (H + G) if config.qk_norm else 0)
+    attention = (H + 2 * G) * d + D + H + ((H + G) * (d + 2) if config.qk_norm else 0)
     mlp = 2 * config.d_ff if showo else 4 * config.d_ff
     return FLOAT * n * (norms + attention + mlp + (n if masked else 0))
 
@@ -61,7 +62,7 @@ def layer_activations(config: ModelConfig, keep: float, T: int, spans: bool, pad
     scores = FLOAT * (T * D + T) + predictor               # x, and r, from which K are gathered
     gate = FLOAT * K * (D + 1 + (config.gate != "linear"))                         # u, g, and tanh or sigmoid
     indices = INDEX * (T + 2 * K) + (K if padded else 0)   # slots (a view of T), flat ones to gather and to add; live
-    angles = FLOAT * K * config.rope_dims
+    angles = FLOAT * K * 2 * config.rope_dims
     return scores + gate + indices + angles + block_activations(config, K, spans)
 
 
@@ -74,7 +75,7 @@ def activation_bytes(config: ModelConfig, plan: Plan | None, task: str, length: 
     keeps = (1.0,) * config.n_layer if plan is None else plan.keep[task]
     layers = [layer_activations(config, keep, length, spans, padded) for keep in keeps]
     image = length * (INDEX + 1) if config.image_positions else 0                  # positions, and which are images
-    angles = FLOAT * length * config.rope_dims if 1.0 in keeps else 0              # one tensor for all dense layers
+    angles = FLOAT * length * 2 * config.rope_dims if 1.0 in keeps else 0              # one tensor for all dense layers
     final = 2 * config.d_model + 2 if config.backbone == "showo" else 3 * config.d_model + 1
     return Bytes(sum(layers) + INDEX * length + image + angles + FLOAT * length * final, layers)
 

@@ -33,8 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .chunks import Chunks
-from .data import CREDITS, VERSION, npm_pack
-from .emoji import STYLES, Emoji, check_size
+from .emoji import CREDITS, STYLES, VERSION, Emoji, check_size, npm_pack, write_notice
 from .files import whole_file
 from .shards import Sample, write_shards
 from .show import pillow, save_png
@@ -219,13 +218,6 @@ def write_data(chunks: Chunks, tokenizer: Tokenizer, out: Path, about: dict) -> 
     return counts
 
 
-def write_notice(out: Path) -> None:
-    """The credits that the licences of the emoji ask for."""
-    with whole_file(out / "NOTICE") as file:
-        file.writelines(f"{name}: {credit}\n" for name, credit in CREDITS.items())
-        file.write("The art is real; the layout of the scenes is synthetic.\n")
-
-
 # --------------------------------------------------------------------------------------------------------------
 # The command
 # --------------------------------------------------------------------------------------------------------------
@@ -322,7 +314,7 @@ def prepare(args) -> dict:
     about = {"options": options, "pictures": {split: len(those) for split, those in numbers.items()},
              "reconstruction": quality}
     if args.sources == ["emoji"]:
-        write_notice(out)
+        write_notice(out, "The art is real; the layout of the scenes is synthetic.\n")
         about["credits"] = list(CREDITS.values())
     counts = write_data(chunks, tokenizer, out, about)
     size = sum(path.stat().st_size for path in chunks.folder.iterdir())

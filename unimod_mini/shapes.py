@@ -36,10 +36,10 @@ PLACES = {2: ("top-left", "top-right", "bottom-left", "bottom-right"),
 T2I_CATEGORIES = ("one_object", "two_objects", "counting", "colors", "place", "binding", "scene")
 MMU_CATEGORIES = ("color", "shape", "place", "count", "existence", "caption")
 # What training draws and asks: the slowest to learn more often, and captions, which say most about a picture. No question
-# gives a later one of its dialogue away ("where is the red ring ?" would say that there is a ring).
+# gives a later one of its dialogue away ("where is the red ring ?" would say that there is one).
 DRAWN = (*T2I_CATEGORIES, "binding", "binding", "scene")
-DIALOGUES = (("existence", "place"), ("count", "color"), ("caption",), ("place", "count"), ("existence", "shape"),
-             ("color", "place"), ("caption",), ("existence", "color"), ("count", "place"), ("shape", "color"),
+DIALOGUES = (("existence", "place"), ("count", "color"), ("caption",), ("place", "count"), ("existence", "place"),
+             ("color", "place"), ("caption",), ("existence", "count"), ("count", "place"), ("shape", "color"),
              ("place", "count"), ("caption",))
 PATCH, OBJECT = 2, 4             # pixels: of a token, of an object
 SHADES = (1.0, 0.55)             # factors on the colour
@@ -182,6 +182,13 @@ class World:
         places = rng.sample(range(len(self.places)), count)
         return [Thing(*pair, self.places[place]) for place, pair in sorted(zip(places, pairs))]
 
+    def alike(self, rng: Random) -> list:
+        """A scene of one shape in different colours: "where is the red ring ?" cannot be answered by the shape."""
+        shape, most = rng.choice(self.shapes), self.max_objects
+        pairs = [pair for pair in self.seen if pair[1] == shape]
+        pairs = rng.sample(pairs, min(rng.randint(min(2, most), most), len(pairs)))
+        return self.scene(rng, count=len(pairs), pairs=pairs)
+
     def prompt(self, category: str, rng: Random, held_out: bool = False) -> tuple[Prompt, list]:
         """One prompt of this category and one scene that it describes."""
         most = self.max_objects
@@ -227,15 +234,12 @@ class World:
             answer = NUMBERS[len(things) if shape is None else sum(t.shape == shape for t in things)]
             return Question(f"how many {plural(shape) if shape else 'objects'} ?", category, answer)
         if category == "existence":
-            shape = self.asked_shape(target, things, rng)
-            return Question(f"is there a {shape} ?", category, "yes" if any(t.shape == shape for t in things) else "no")
+            absent = [pair for pair in self.seen if all(thing[:2] != pair for thing in things)]
+            color, shape = rng.choice(absent) if absent and rng.random() < 0.5 else target[:2]
+            there = any(thing[:2] == (color, shape) for thing in things)
+            return Question(f"is there a {color} {shape} ?", category, "yes" if there else "no")
         # "caption", and "place" when every object of the picture has a twin
         return Question("describe ?", "caption", " and ".join(phrase(t) for t in things))
-
-    def asked_shape(self, target: Thing, things: list, rng: Random) -> str:
-        """For "is there ..": half the time a shape that is there, else one that is not (when there is any)."""
-        absent = [shape for shape in self.shapes if all(t.shape != shape for t in things)]
-        return rng.choice(absent) if absent and rng.random() < 0.5 else target.shape
 
     def sample_mmu(self, n: int, rng: Random, held_out: bool = False, categories=MMU_CATEGORIES):
         """n questions, categories in turn, each on a picture of its own: (list of Question, codes (n, h, w))."""
@@ -253,10 +257,11 @@ class World:
         A question that is over what is left of `budget` (its words, its answer's and two marks a turn) is left out, the
         first always stays. Nothing follows a caption: it would give the answers away.
         """
-        scenes, dialogues = [self.scene(rng) for _ in range(n)], []
-        for i, scene in enumerate(scenes):
+        kinds, dialogues = [DIALOGUES[i % len(DIALOGUES)] for i in range(n)], []
+        scenes = [self.alike(rng) if "place" in kind and rng.random() < 0.5 else self.scene(rng) for kind in kinds]
+        for kind, scene in zip(kinds, scenes):
             turns, left = [], budget
-            for category in DIALOGUES[i % len(DIALOGUES)]:
+            for category in kind:
                 turn = self.question(category, scene, rng)
                 size = len(turn.text.split()) + len(turn.answer.split()) + 2
                 if not turns or (size <= left and turns[-1].category != "caption"):

@@ -87,7 +87,7 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_add_(params, updates, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
 
-def make_optimizers(model: nn.Module, lr: float = 0.02, lr_rest: float = 3e-3, **adamw) -> list:
+def make_optimizers(model: nn.Module, lr: float = 0.01, lr_rest: float = 2e-3, **adamw) -> list:
     """Muon on the hidden matrices of the blocks, AdamW on everything else (embeddings, head, norms, routers).
 
     adamw: keyword arguments of AdamW instead of those of the toy.
@@ -119,10 +119,10 @@ def clip_gradients(model: nn.Module, limit: float) -> torch.Tensor:
     return norm + 0 * nn.utils.get_total_norm([p.grad for p in apart]) if apart else norm
 
 
-def train_step(model, optimizers, batches: dict, factor: float) -> dict:
+def train_step(model, optimizers, batches: dict, factor: float, weights: dict = TASK_WEIGHTS) -> dict:
     """One step on one batch of every task: forward, backward, clip, update. Returns {task: loss} as tensors."""
     losses = {task: task_losses(model, batch, task) for task, batch in batches.items()}
-    total = sum(TASK_WEIGHTS[task] * loss.task + loss.predictor for task, loss in losses.items())
+    total = sum(weights[task] * loss.task + loss.predictor for task, loss in losses.items())
     total.backward()
     clip_gradients(model, 1.0)
     for optimizer in optimizers:

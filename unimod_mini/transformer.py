@@ -118,28 +118,28 @@ class Context(NamedTuple):
     spans: Tensor | None           # (B, T), 0 = causal
     valid: Tensor | None           # (B, T) bool
     order: Tensor | None           # (B, T) order in which ties are broken
-    rope: Tensor                   # (B, T, 2, rope_dims / 2) cos and sin
+    rope: Tensor                   # (B, T, 2, rope_dims) cos and signed sin, see rotary
     mask: Tensor | None            # (B, 1, T, T); None: plain causal, the fast kernel
     sorted: bool                   # positions ascend with the index, so that a sorted subset is causal too
 
 
 def rotary(positions: Tensor, dims: int, theta: float) -> Tensor:
-    """cos and sin of position x theta^(-2 i / dims), (B, T, 2, dims / 2) float32."""
+    """c = cos, s = sin of position x theta^(-2 i / dims) as (c, c) and (-s, s): (B, T, 2, dims) float32."""
     frequency = theta ** (-torch.arange(0, dims, 2, device=positions.device, dtype=torch.float32) / dims)
-    angle = positions[..., None].float() * frequency
-    return torch.stack((angle.cos(), angle.sin()), dim=-2)
+    angle = positions[..., None].float() * frequency                         # (B, T, dims / 2)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)), dim=-2)
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Half-rotate layout: (a, b) -> (a cos - b sin, b cos + a sin), a and b the halves of the rotated dims.
+    """Half-rotate layout: (a, b) -> (a cos - b sin, b cos + a sin) = (a, b) (cos, cos) + (b, a) (-sin, sin).
 
-    x (B, T, H, d), rope (B, T, 2, r/2); dims past r pass unchanged.
+    a and b: the halves of the rotated dims. x (B, T, H, d), rope (B, T, 2, r); dims past r pass unchanged.
     """
-    cos, sin = rope.to(x.dtype).unbind(-2)
-    cos, sin = cos[:, :, None], sin[:, :, None]             # (B, T, 1, r/2)
-    half = cos.shape[-1]
-    a, b, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
-    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
+    cos, sin = rope.to(x.dtype)[:, :, None].unbind(-2)                       # (B, T, 1, r)
+    turned, rest = x.split((rope.shape[-1], x.shape[-1] - rope.shape[-1]), dim=-1)
+    turned = turned * cos + turned.roll(rope.shape[-1] // 2, -1) * sin
+    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -153,25 +153,34 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
                                               enable_gqa=q.shape[1] != k.shape[1])
 
 
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * w. torch has a kernel for GPUs; on a CPU this form takes half the time of torch's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda or x.dtype not in (torch.float32, torch.float64):
+            return super().forward(x)
+        mean_square = torch.linalg.vecdot(x, x)[..., None] / x.shape[-1]
+        return x * (torch.rsqrt(mean_square + self.eps) * self.weight)
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         bias = config.backbone == "showo"
         d = config.head_width
-        self.qkv = nn.Linear(config.d_model, (config.n_head + 2 * config.n_kv_head) * d, bias=bias)
+        # products of their own: the halves of one wide product would be copied together in every backward pass
+        self.q = nn.Linear(config.d_model, config.n_head * d, bias=bias)
+        self.k = nn.Linear(config.d_model, config.n_kv_head * d, bias=bias)
+        self.v = nn.Linear(config.d_model, config.n_kv_head * d, bias=bias)
         self.out = nn.Linear(config.d_model, config.d_model, bias=bias)
         self.q_norm = nn.LayerNorm(d, eps=1e-5) if config.qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(d, eps=1e-5) if config.qk_norm else nn.Identity()
 
     def queries_keys_values(self, x: Tensor, rope: Tensor):
         """x (B, T, D) -> q (B, H, T, d), k and v (B, G, T, d), rotated."""
-        (B, T, _), H, G = x.shape, self.config.n_head, self.config.n_kv_head
-        qkv = self.qkv(x).view(B, T, H + 2 * G, -1)                          # (B, T, H + 2G, d)
-        qk, v = qkv.split((H + G, G), dim=2)
-        if self.config.qk_norm:
-            qk = torch.cat((self.q_norm(qk[:, :, :H]), self.k_norm(qk[:, :, H:])), dim=2)
-        q, k = rotate(qk, rope).split((H, G), dim=2)
+        q, k, v = (part(x).unflatten(-1, (-1, self.config.head_width)) for part in (self.q, self.k, self.v))
+        q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)    # (B, T, H, d), (B, T, G, d)
         on_cpu = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
         if on_cpu or q.dtype != v.dtype:                   # bf16 attention is slower than float32 on a CPU
             q, k, v = (x.to(torch.float32 if on_cpu else v.dtype) for x in (q, k, v))
@@ -191,15 +200,15 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gated = config.backbone == "emu3"
-        self.up = nn.Linear(config.d_model, config.d_ff * (2 if self.gated else 1), bias=not self.gated)
-        self.down = nn.Linear(config.d_ff, config.d_model, bias=not self.gated)
+        bias = config.backbone == "showo"
+        self.gate = None if bias else nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.up = nn.Linear(config.d_model, config.d_ff, bias=bias)
+        self.down = nn.Linear(config.d_ff, config.d_model, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.gated:
+        if self.gate is None:
             return self.down(F.gelu(self.up(x), approximate="tanh"))
-        gate, up = self.up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
 class Block(nn.Module):
@@ -208,7 +217,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.parallel = config.backbone == "showo"
-        norm = nn.LayerNorm if self.parallel else nn.RMSNorm
+        norm = nn.LayerNorm if self.parallel else RMSNorm
         self.norm = norm(config.d_model, eps=1e-5)
         self.norm_mlp = None if self.parallel else norm(config.d_model, eps=1e-5)
         self.attention = Attention(config)
@@ -256,7 +265,7 @@ class UnifiedTransformer(nn.Module):
         self.image_position = nn.Embedding(config.image_positions, config.d_model) if config.image_positions else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         showo = config.backbone == "showo"
-        self.norm = (nn.LayerNorm if showo else nn.RMSNorm)(config.d_model, eps=1e-5)
+        self.norm = (nn.LayerNorm if showo else RMSNorm)(config.d_model, eps=1e-5)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=showo)
         self.apply(self.init_weights)
         for block in self.blocks:                          # residual outputs start small: GPT-2's 1/sqrt(2 L)
@@ -337,7 +346,7 @@ class UnifiedTransformer(nn.Module):
         indices, live = decision.indices, decision.live
         if indices.shape[1] == 0:                                                          # K rounds to nothing
             return x, decision
-        x_kept, rope = gather_tokens(x, indices), gather_tokens(context.rope, indices)     # (B, K, D), (B, K, 2, r/2)
+        x_kept, rope = gather_tokens(x, indices), gather_tokens(context.rope, indices)     # (B, K, D), (B, K, 2, r)
         gate = GATES[self.config.gate](decision.scores.gather(1, indices))                 # (B, K)
         update = gate[..., None] * block(x_kept, rope, self.subset_mask(context, indices, live))
         if live is not None:
