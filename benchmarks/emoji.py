@@ -64,7 +64,7 @@ def singles(chunks: Chunks, split: str, kind: str) -> list:
 class Judge(nn.Module):
     """uint8 (B, S, S, 3) -> logits of each head. names: {head: its classes}."""
 
-    def __init__(self, names: dict, width: int = 32):
+    def __init__(self, names: dict, width: int = 24):
         super().__init__()
         self.names, layers, channels = names, [], 3
         for stage in range(4):

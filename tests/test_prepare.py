@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from helpers import tar_of
 from test_emoji import write_archives
-from unimod_mini import VQ, ByteText, Palette, WordText, chunks, prepare
+from benchmarks import emoji as judged
+from unimod_mini import (VQ, ByteText, ModelConfig, Palette, UnifiedTransformer, WordText, chunks, prepare,
+                         save_checkpoint)
 from unimod_mini.data import read_image
 from unimod_mini.emoji import CREDITS
 from unimod_mini.prepare import main, parser
@@ -457,3 +459,22 @@ def test_the_sheet_shows_originals_on_top(tmp_path):
         sheet.crop((8, 8, 8 + 128, 8 + 128)).save(tmp_path / "cell.png")
     cell = read_png(tmp_path / "cell.png", 8, 8)
     assert any(torch.equal(cell, read_image(photos / f"{i}.png", 8)) for i in range(12))
+
+
+def test_the_judge_of_emoji_runs(tmp_path, monkeypatch, capsys):
+    """benchmarks/emoji.py: the judge learns what tells the styles apart; noise and empty answers are found out."""
+    monkeypatch.setattr(prepare, "npm_pack", lambda style, into: write_archives(Path(into))[style])
+    run("emoji", tmp_path / "data", *TINY, "--scenes", 40, "--held", 0.2)
+    tokens = Shards(tmp_path / "data").tokenizer
+    torch.manual_seed(0)
+    config = ModelConfig("emu3", 1, 1, 1, 8, 16, tokens.vocab_size, 64, image_start=tokens.image_start)
+    save_checkpoint(tmp_path / "model.pt", UnifiedTransformer(config))
+    monkeypatch.setattr("sys.argv", ["emoji.py", str(tmp_path / "data"), f"noise={tmp_path / 'model.pt'}", "--drawn", "9",
+                                     "--asked", "30", "--judge-steps", "40", "--out", str(tmp_path / "judged")])
+    judged.main()
+    results = json.loads((tmp_path / "judged" / "emoji.json").read_text())
+    assert results["judge"]["real train"]["style"] > 0.8 and results["drawn"]["noise train"]["concept"] < 0.3
+    assert results["judge"]["real train"]["pictures"] == 9 and results["answered"]["noise"]["all"] < 0.2
+    assert 0.2 < results["answered"]["blind"]["all"] < 1 and "style x concept" in results["answered"]["blind"]
+    assert "the judge on" in capsys.readouterr().out
+    assert all((tmp_path / "judged" / f"emoji-{split}.png").exists() for split in ("train", "held"))
