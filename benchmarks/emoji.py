@@ -84,14 +84,14 @@ class Judge(nn.Module):
 
 
 def disturb(images: Tensor, rng: torch.Generator) -> Tensor:
-    """Moves every picture by up to 3 pixels on white, blurs half of them, changes brightness: (B, S, S, 3)."""
+    """Moves the pictures by up to 3 pixels on white, blurs half of them, changes their colours: (B, S, S, 3)."""
     n, side = len(images), images.shape[1]
     x = F.pad(images.permute(0, 3, 1, 2).float(), (3, 3, 3, 3), value=255.0)
     y, z = torch.randint(0, 7, (2,), generator=rng).tolist()                 # one move a batch
     x = x[:, :, y:y + side, z:z + side]
     soft = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
     x = torch.where(torch.rand(n, 1, 1, 1, generator=rng) < 0.5, soft, x)
-    light = 0.8 + 0.4 * torch.rand(n, 3, 1, 1, generator=rng)                # each channel: the styles' reds differ
+    light = 0.8 + 0.4 * torch.rand(n, 3, 1, 1, generator=rng)                # by picture and channel
     return (255 - (255 - x) * light).clamp(0, 255).permute(0, 2, 3, 1)
 
 

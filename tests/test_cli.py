@@ -66,6 +66,7 @@ def test_draw_then_ask(checkpoint, tmp_path, capsys):
     (["--prompt", "red", "--out", "nowhere/a.png"], "there is no folder nowhere"),
     (["--prompt", "red", "--device", "cpu:x"], "no device 'cpu:x' here: choose from"),
     (["--prompt", "red", "--out", "."], "or it is itself a folder"),
+    (["--prompt", "red", "--out", "a.jpg"], "--out a.jpg: pictures are written as PNG"),
     (["--image", "small.png", "--question", "two", "--explain", "--out", "nowhere/a.png"], "there is no folder nowhere"),
     (["--prompt", "red", "--temperature", "-1"], "temperature must be finite and >= 0"),
     (["--prompt", "red", "--temperature", "nan"], "temperature must be finite and >= 0"),

@@ -272,6 +272,8 @@ def run(args) -> None:
     from .trainer import find_device, load_checkpoint, precision
     if not Path(args.out).absolute().parent.is_dir() or Path(args.out).is_dir():
         raise ValueError(f"--out {args.out}: there is no folder {Path(args.out).parent}, or it is itself a folder")
+    if not args.out.lower().endswith(".png"):
+        raise ValueError(f"--out {args.out}: pictures are written as PNG, give a name that ends in .png")
     device = find_device(args.device)
     model, stored = load_checkpoint(args.checkpoint, device)
     if "tokenizer" not in stored:
