@@ -34,6 +34,7 @@ from unimod_mini.files import whole_file  # noqa: E402
 from unimod_mini.flops import peak_flops  # noqa: E402
 from unimod_mini.memory import activation_bytes  # noqa: E402
 from unimod_mini.published import bisect  # noqa: E402
+from unimod_mini.routers import capacity  # noqa: E402
 from unimod_mini.trainer import find_device, precision, seed_everything  # noqa: E402
 
 SAVINGS = (0.15, 0.40, 0.60)
@@ -62,6 +63,8 @@ def arguments() -> argparse.ArgumentParser:
     out.add_argument("--grow", nargs="?", const="step.svg", metavar="FILE.svg",
                      help="the table for T = 256 .. 4,096 and several depths, and a plot of it (step.svg)")
     out.add_argument("--against-hf", action="store_true", help="Hugging Face's text model of that shape beside it, too")
+    out.add_argument("--unrouted", action="store_true", help="the same blocks on the first tokens of every row, too: "
+                     "what a routing that costs nothing would save")
     out.add_argument("--out", help="write the figures as JSON to this file")
     return out
 
@@ -138,6 +141,19 @@ def make_batch(config: ModelConfig, task: str, batch: int, length: int, device, 
 # The table
 # --------------------------------------------------------------------------------------------------------------
 
+class Unrouted(UnifiedTransformer):
+    """A plan's blocks on the first K tokens of every row: no router, no predictor, no gather, no scatter."""
+
+    def layer(self, layer: int, x, task: str, context, rule: str, cache=None):
+        keep = self.plan.keep[task][layer]
+        if keep in (0.0, 1.0):
+            return super().layer(layer, x, task, context, rule, cache)
+        K = capacity(keep, x.shape[1])
+        mask = None if context.mask is None else context.mask[:, :, :K, :K]
+        update = self.blocks[layer](x[:, :K], context.rope[:, :K], mask)                   # (B, K, D)
+        return torch.cat((x[:, :K] + update, x[:, K:]), dim=1), None
+
+
 def costs(config: ModelConfig, plan: Plan | None, name: str, row: dict, peak: float | None) -> dict:
     """Tokens a second, MFU and, where no peak was measured, the bytes of activations of one twin."""
     T, B, task, seconds = row["length"], row["batch"], row["task"], row[f"{name}_ms"] / 1000
@@ -166,6 +182,11 @@ def measure(config: ModelConfig, plans: list, args, length: int, batch: int, dev
         rows.append(row)
         print(line(row), flush=True)
         del unimod                                         # its memory is free before the next one is built
+        if args.unrouted:
+            free = Step(lambda: Unrouted(config, plan), batches, device, args.compile)
+            row["unrouted"] = race(dense, free, row["flops_saved"], args.seconds, args.interval)
+            print(f"{'':>15}without routing: time saved {row['unrouted']['time_saved']:.1%} [{{:.1%}},{{:.1%}}], {{}} pairs"
+                  .format(*row["unrouted"]["time_saved_interval"], row["unrouted"]["pairs"]), flush=True)
     return rows
 
 

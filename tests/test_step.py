@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from benchmarks import step
 from benchmarks.growth import counted_equal_at, draw, fit, laws
 from benchmarks.timing import FEWEST, bootstrap, race, summary
-from unimod_mini import ModelConfig, UnifiedTransformer, count_flops, flops_ratio
+from unimod_mini import ModelConfig, Plan, UnifiedTransformer, count_flops, flops_ratio
 from unimod_mini.memory import activation_bytes
 
 ROW = {"saving", "task", "layers", "length", "batch", "keep", "routed_layers", "flops_saved", "flops_saved_live",
@@ -39,7 +39,7 @@ def test_the_flags_are_frozen():
     assert flags == {"--backbone": None, "--preset": None, "--width": None, "--layers": None, "--length": None,
                      "--batch": None, "--task": "t2i", "--savings": [.15, .4, .6], "--compile": False, "--device": None,
                      "--seconds": None, "--interval": .1, "--quick": False, "--grow": None, "--against-hf": False,
-                     "--out": None}
+                     "--unrouted": False, "--out": None}
 
 
 def test_sizes_when_nothing_is_said():
@@ -206,6 +206,24 @@ def test_twins_have_the_same_weights():
     assert own.seconds() > 0
     for name, weight in own.model.named_parameters():
         assert torch.equal(weight, before[name]) == (name.startswith("routers.") and ".mmu." in name), name
+
+
+@pytest.mark.parametrize("task", ("t2i", "mmu"))
+@pytest.mark.parametrize("backbone", ("showo", "emu3"))
+def test_without_routing(backbone, task, capsys):
+    """The unrouted twin runs each block on the first K tokens, in place, with the gate at 1; --unrouted times it."""
+    config = step.make_config(step.parse([*TINY, "--backbone", backbone, "--layers", "3"]))
+    plan = Plan({name: (1, .4, 0) for name in ("t2i", "mmu")})
+    model, batch = step.Unrouted(config, plan), step.make_batch(config, task, 2, 64, torch.device("cpu"))
+    out = model(**batch.inputs(), task=task)
+    assert out.routing == [None] * 3
+    K, spans = 26, None if batch.spans is None else batch.spans[:, :26]
+    x = model.embed_tokens(batch.ids)
+    x = x + model.blocks[0](x, *model.context(batch.ids, None, batch.spans, None)[4:6])
+    x[:, :K] = x[:, :K] + model.blocks[1](x[:, :K], *model.context(batch.ids[:, :K], None, spans, None)[4:6])
+    torch.testing.assert_close(out.logits, model.head(model.norm(x)))
+    assert "unrouted" in step.main([*TINY, "--backbone", backbone, "--task", task, "--savings", "0.4", "--unrouted"])["rows"][0]
+    assert "without routing: time saved" in capsys.readouterr().out
 
 
 def test_growth(tmp_path):
