@@ -7,7 +7,8 @@ net that names concept, style and group of a picture alone. It sees training pic
 held-out ones (a style that training never showed of that concept), real and as the codec draws them, is the most that
 drawn pictures can be expected to reach; both are printed above the models'. Every model draws the same prompts, those of
 training and held-out ones (style x concept), one sample each, and answers the same held-out questions, beside the most
-frequent answer of training to each question text. With causal routing. --out: emoji.json, emoji.png.
+frequent answer of training to each question text. With causal routing. --out: emoji.json, and a
+sheet for each, emoji-train.png and emoji-held.png: real, through the codec, then every model's.
 """
 
 import argparse
@@ -24,11 +25,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from unimod_mini import generate_image, generate_text, load_checkpoint  # noqa: E402
+from unimod_mini import generate_image, load_checkpoint  # noqa: E402
 from unimod_mini.chunks import Chunks  # noqa: E402
+from unimod_mini.evaluate import ask_and_judge, by_category, share  # noqa: E402
 from unimod_mini.files import whole_file  # noqa: E402
-from unimod_mini.show import save_png  # noqa: E402
+from unimod_mini.shapes import Question, commonest_answers  # noqa: E402
 from unimod_mini.shards import Shards  # noqa: E402
+from unimod_mini.show import save_png  # noqa: E402
 from unimod_mini.trainer import find_device, precision  # noqa: E402
 
 CHUNK, SHOWN = 64, 8               # generated at once; columns of a sheet
@@ -141,38 +144,24 @@ def draw(model, tokenizer, captions: list, drawing: dict, label: str) -> Tensor:
                       for start in tqdm(parts, f"{label} draws", unit="batch")])
 
 
-def answer(model, tokenizer, samples: list, label: str) -> list:
-    """A greedy answer to every sample's question on its picture."""
-    answers = []
-    for start in tqdm(range(0, len(samples), CHUNK), f"{label} answers", unit="batch"):
-        part = samples[start:start + CHUNK]
-        images = tokenizer.image.decode(torch.stack([s.codes for s in part]))
-        answers += generate_text(model, tokenizer, images, [s.question for s in part])
-    return answers
-
-
-def held_questions(data: Path, shards: Shards, n: int, seed: int) -> list:
-    """At most n held-out questions: (what holding it out tests, Sample)."""
+def held_questions(data: Path, shards: Shards, n: int, seed: int) -> tuple[list, Tensor]:
+    """At most n held-out questions, their category what holding it out tests: (list of Question, codes (n, h, w))."""
     with open(data / "held.jsonl", encoding="utf-8") as file:
         rows = [row for row in map(json.loads, file) if row["task"] == "mmu"]
     picks = sorted(Random(f"questions {seed}").sample(range(len(rows)), min(n, len(rows))))
-    return [(rows[i]["kind"], shards.sample("mmu", i, "held")) for i in picks]
+    codes = torch.stack([shards.sample("mmu", i, "held").codes for i in picks])
+    return [Question(rows[i]["question"], rows[i]["kind"], rows[i]["answer"]) for i in picks], codes
 
 
 def blind_answers(chunks: Chunks) -> dict:
     """{question: its most frequent answer in training}."""
-    counts = {}
-    for record in chunks.used():
-        for task, question, reply in record["texts"] if record["split"] == "train" else ():
-            if task == "mmu":
-                counts.setdefault(question, Counter())[reply] += 1
-    return {question: replies.most_common(1)[0][0] for question, replies in counts.items()}
+    return commonest_answers((question, reply) for record in chunks.used() if record["split"] == "train"
+                             for task, question, reply in record["texts"] if task == "mmu")
 
 
-def right_by_kind(kinds: list, right: list) -> dict:
-    """{kind: share that is right}, and of all under "all"."""
-    rows = {kind: [ok for k, ok in zip(kinds, right) if k == kind] for kind in dict.fromkeys(kinds)} | {"all": right}
-    return {kind: round(sum(those) / len(those), 4) for kind, those in rows.items()}
+def by_kind(right: list) -> dict:
+    """[(kind, right or wrong)] -> {kind: share that is right}, and of all under "all"."""
+    return by_category(right) | {"all": share(right)}
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -214,9 +203,9 @@ def main() -> None:
         results["judge"] |= {f"real {split}": verdict(judge, pictures, real),
                              f"codec {split}": verdict(judge, pictures, coded)}
         rows[split] = [real, coded]
-    asked = held_questions(data, shards, args.asked, args.seed)
-    kinds, samples, blind = [kind for kind, _ in asked], [sample for _, sample in asked], blind_answers(chunks)
-    results["answered"]["blind"] = right_by_kind(kinds, [blind.get(s.question) == s.answer for s in samples])
+    asked, codes = held_questions(data, shards, args.asked, args.seed)
+    blind = blind_answers(chunks)
+    results["answered"]["blind"] = by_kind([(q.category, blind.get(q.text) == q.answer) for q in asked])
     for spec in args.models:
         name, _, path = spec.partition("=")
         model, _ = load_checkpoint(path, device)
@@ -224,9 +213,9 @@ def main() -> None:
             for split, pictures in prompts.items():
                 rows[split].append(draw(model, tokenizer, [p.caption for p in pictures], drawing, f"{name} {split}"))
                 results["drawn"][f"{name} {split}"] = verdict(judge, pictures, rows[split][-1])
-            replies = answer(model, tokenizer, samples, name)
-        results["answered"][name] = right_by_kind(kinds, [reply == s.answer for reply, s in zip(replies, samples)])
-    report(results, Counter(kinds))
+            with tqdm(total=len(asked), desc=f"{name} answers", unit="question") as bar:
+                results["answered"][name] = by_kind(ask_and_judge(model, tokenizer, asked, codes, bar))
+    report(results, Counter(q.category for q in asked))
     out.mkdir(parents=True, exist_ok=True)
     for split, pictures in prompts.items():
         print(sheet(rows[split], [p.caption for p in pictures[:SHOWN]], out / f"emoji-{split}.png"))

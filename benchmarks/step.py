@@ -184,9 +184,10 @@ def measure(config: ModelConfig, plans: list, args, length: int, batch: int, dev
         del unimod                                         # its memory is free before the next one is built
         if args.unrouted:
             free = Step(lambda: Unrouted(config, plan), batches, device, args.compile)
-            row["unrouted"] = race(dense, free, row["flops_saved"], args.seconds, args.interval)
-            print(f"{'':>15}without routing: time saved {row['unrouted']['time_saved']:.1%} [{{:.1%}},{{:.1%}}], {{}} pairs"
-                  .format(*row["unrouted"]["time_saved_interval"], row["unrouted"]["pairs"]), flush=True)
+            other = row["unrouted"] = race(dense, free, row["flops_saved"], args.seconds, args.interval)
+            low, high = other["time_saved_interval"]
+            print(f"{'':>15}without routing: time saved {other['time_saved']:.1%} [{low:.1%},{high:.1%}], "
+                  f"{other['pairs']} pairs", flush=True)
     return rows
 
 

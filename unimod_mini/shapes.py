@@ -16,6 +16,7 @@ Some colour-shape pairs are held out of training altogether (`composition`). The
 Legend: B batch, P places, h and w patches down and across.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from itertools import permutations
 from random import Random
@@ -279,10 +280,14 @@ def phrase(thing: Thing) -> str:
     return " ".join(["a", *(word for word in thing if word is not None)])
 
 
+def commonest_answers(pairs) -> dict:
+    """(question, answer) pairs -> {question: its most frequent answer}."""
+    counts = {}
+    for text, answer in pairs:
+        counts.setdefault(text, Counter())[answer] += 1
+    return {text: answers.most_common(1)[0][0] for text, answers in counts.items()}
+
+
 def blind_answers(world: World, n: int = 4000, seed: int = 0) -> dict:
     """The best answer to every question text without seeing the picture: the most frequent one among n samples."""
-    counts = {}
-    for question in world.sample_mmu(n, Random(f"blind {seed}"))[0]:
-        answers = counts.setdefault(question.text, {})
-        answers[question.answer] = answers.get(question.answer, 0) + 1
-    return {text: max(answers, key=answers.get) for text, answers in counts.items()}
+    return commonest_answers((q.text, q.answer) for q in world.sample_mmu(n, Random(f"blind {seed}"))[0])
