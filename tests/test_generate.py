@@ -42,13 +42,13 @@ def pictures(tokens, count, seed=0):
 
 
 @torch.no_grad()
-def grow(model, row, task, rule, spans=0, count=1, allowed=slice(None), after=lambda n: []):
+def grow(model, row, task, rule, spans=0, count=1, allowed=slice(None), after=lambda n: [], finished=0):
     """Append `count` greedy ids to a row, recomputing everything each time, alone, unpadded and without a cache."""
     new = []
     for n in range(count):
         ids = torch.tensor([row + new])
         span = (torch.arange(ids.shape[1]) < spans).long()[None] if spans else None
-        logits = model(ids, task=task, spans=span, routing=rule).logits[0, -1]
+        logits = model(ids, task=task, spans=span, routing=rule, coming=max(0, finished - ids.shape[1])).logits[0, -1]
         new.append(int(logits[allowed].argmax()) + (allowed.start or 0))
         new += after(n)
     return new
@@ -65,8 +65,9 @@ def slow_answer(model, tokens, image, question, rule, steps):
 def slow_rows(model, tokens, prompt, rule):
     """draw_by_row at temperature 0 by recomputation: codes (h, w)."""
     (h, w), line = tokens.grid, tokens.special["EOL"]
+    finished = int(tokens.t2i([prompt], torch.zeros(1, h, w, dtype=torch.long)).valid.sum())
     new = grow(model, tokens.t2i_prompt(prompt), "t2i", rule, count=h * w, after=lambda n: [line] * ((n + 1) % w == 0),
-               allowed=slice(tokens.image_start, tokens.image_end))
+               allowed=slice(tokens.image_start, tokens.image_end), finished=finished)
     return torch.tensor([i - tokens.image_start for i in new if i != line]).view(h, w)
 
 
@@ -427,7 +428,8 @@ def test_guided_rows_equal_recomputation(rule):
     for n in range(6):
         tail = [i for k, c in enumerate(codes) for i in [c] + [tokens.special["EOL"]] * (k % 3 == 2)]
         rows = [torch.tensor([tokens.t2i_prompt(p) + tail]) for p in ("a b", "")]
-        c, u = (model(row, task="t2i", routing=rule).logits[0, -1].log_softmax(-1) for row in rows)
+        coming = 2 * 4 + 3 - len(tail)                     # of two rows of three codes and EOL, EOF, eoi, EOS
+        c, u = (model(row, task="t2i", routing=rule, coming=coming).logits[0, -1].log_softmax(-1) for row in rows)
         codes.append(int((c + w * (c - u))[tokens.image_start:tokens.image_end].argmax()) + tokens.image_start)
     image = generate_image(model, tokens, "a b", rule, temperature=0.0, guidance=w)
     assert (tokens.image.encode(image[None]) + tokens.image_start).flatten().tolist() == codes

@@ -38,7 +38,7 @@ shapes = st.tuples(st.integers(1, 3), st.integers(1, 20))
 
 def context(valid, length, batch=1, spans=None):
     """What a TaskRouter reads of the model's Context."""
-    return SimpleNamespace(valid=valid, spans=spans, order=tie_order(batch, length, valid, None))
+    return SimpleNamespace(valid=valid, spans=spans, order=tie_order(batch, length, valid, None), coming=0)
 
 
 # ---------------------------------------------------------------- Plan
@@ -197,6 +197,25 @@ def test_select_topk_against_sorting(shape, keep, seed, how, padded, dtype):
         assert indices[b, :used].tolist() == expected == selected[b].nonzero().squeeze(1).tolist()
         assert live is None or live[b].tolist() == [slot < used for slot in range(indices.shape[1])]
         assert len(set(indices[b].tolist())) == indices.shape[1]        # spare slots are other tokens
+
+
+@given(shapes, keeps, seeds, HOWS, st.booleans(), st.integers(0, 9))
+def test_what_the_finished_sequence_keeps_its_beginning_keeps(shape, keep, seed, how, padded, coming):
+    """With `coming` tokens missing at its end, a row keeps as many as the finished row (or all), and of the tokens that
+    are there all those that the finished row keeps."""
+    batch, length = shape
+    scores = random_scores(batch, length + coming, seed, how)
+    valid = torch.cat((random_valid(batch, length, seed + 1), torch.ones(batch, coming, dtype=torch.bool)), 1)
+    valid = valid if padded else torch.ones_like(valid)
+    part = valid[:, :length] if padded else None
+    finished = select_topk(scores, keep, valid if padded else None)[2]
+    indices, live, selected = select_topk(scores[:, :length], keep, part, coming=coming)
+    assert not (finished[:, :length] & ~selected).any()
+    for b in range(batch):
+        there = int(valid[b, :length].sum())
+        kept = min(there, count(keep, there + coming))
+        assert selected[b].sum() == kept == (indices.shape[1] if live is None else live[b].sum())
+        assert not (selected[b] & ~valid[b, :length]).any()
 
 
 def test_rounding_noise_is_a_tie():

@@ -78,7 +78,7 @@ def answers(things, text):
     if words[:2] == ["how", "many"]:
         return [NUMBERS[sum(words[2] == "objects" or t.shape == SINGULAR[words[2]] for t in things)]]
     assert words[:3] == ["is", "there", "a"], text
-    return ["yes" if any([t.color, t.shape] == words[3:] for t in things) else "no"]
+    return [t.place for t in things if [t.color, t.shape] == words[3:]] or ["no"]
 
 
 # ------------------------------------------------------------------------------------------- drawing, reading
@@ -208,19 +208,24 @@ def test_questions_have_exactly_one_right_answer(world, seed, held_out):
 
 
 def test_existence_on_a_crowded_board():
-    """In a world of four pairs a picture can leave no absent one to ask for; questions still come, and are right."""
-    world = World(max_objects=4, n_colors=2, n_shapes=2, n_held_out=0)
-    questions, codes = world.sample_mmu(300, Random(0), categories=("existence",))
-    for question, picture in zip(questions, codes):
-        assert answers(look(world, picture), question.text) == [question.answer]
+    """In a world of four pairs a picture can leave no absent one to ask for, and may show every one twice: questions
+    still come, and are right."""
+    said = set()
+    for side, most in ((2, 4), (3, 9)):
+        world = World(side=side, max_objects=most, n_colors=2, n_shapes=2, n_held_out=0)
+        questions, codes = world.sample_mmu(300, Random(0), categories=("existence",))
+        for question, picture in zip(questions, codes):
+            assert answers(look(world, picture), question.text) == [question.answer]
+            said.add(question.category)
+    assert said == {"existence", "caption"}
 
 
 def test_existence_is_balanced_and_asks_every_pair():
-    """Half of the answers are yes, for every colour and every shape; all training pairs are asked for, and no other."""
+    """Half of the answers say where, for every colour and every shape; all training pairs are asked for, and no other."""
     world = World()
     questions, _ = world.sample_mmu(4000, Random(5), categories=("existence",))
     for word in (*world.colors, *world.shapes):
-        replies = [q.answer == "yes" for q in questions if word in q.text.split()]
+        replies = [q.answer != "no" for q in questions if word in q.text.split()]
         assert 0.4 < sum(replies) / len(replies) < 0.6
     assert {tuple(q.text.split()[3:5]) for q in questions} == set(world.seen)
 
@@ -267,7 +272,7 @@ def test_every_kind_of_question_is_asked():
 @given(worlds(), seeds, st.integers(1, 60))
 def test_dialogues(world, seed, budget):
     """Turns on one picture of the training world, all answered rightly, none twice, DIALOGUES in turn (a place where all
-    are twins turns into a caption), within the budget (but never none), and nothing after a caption."""
+    are twins turns into a caption, and so may existence), within the budget (but never none), and nothing after a caption."""
     dialogues, codes = world.sample_dialogues(23, Random(seed), budget)
     for i, (turns, picture) in enumerate(zip(dialogues, codes, strict=True)):
         scene, sizes = look(world, picture), [len(f"{q.text} {q.answer}".split()) + 2 for q in turns]
@@ -275,7 +280,7 @@ def test_dialogues(world, seed, budget):
         assert 1 <= len(turns) == len({q.text for q in turns}) and (sum(sizes) <= budget or len(turns) == 1)
         assert all(q.category != "caption" for q in turns[:-1])
         planned = iter(DIALOGUES[i % len(DIALOGUES)])
-        assert all(any(q.category in (want, "caption" if want == "place" else want) for want in planned) for q in turns)
+        assert all(any(q.category in (want, "caption" if want in ("place", "existence") else want) for want in planned) for q in turns)
         assert all(t[:2] in world.seen for t in scene)
 
 
@@ -284,7 +289,7 @@ def test_dialogues_give_no_later_answer_away():
     after a question that says it; the toy's budget holds nearly all turns."""
     assert {first for first, *_ in DIALOGUES} == set(MMU_CATEGORIES)
     says = {"place": {"existence", "color", "shape"}, "color": {"existence"}, "shape": {"existence", "place"},
-            "count": {"existence"}, "existence": {"color", "shape"}}
+            "count": {"existence"}, "existence": {"color", "shape", "place"}}
     assert all(later not in says[first] for first, later in (d for d in DIALOGUES if len(d) == 2))
     world = World()
     asked, _ = world.sample_dialogues(1000, Random(0), world.longest_text + 2)
@@ -366,7 +371,7 @@ def test_categories_come_in_turn():
     world = World(n_colors=8, n_shapes=6)
     assert [p.category for p in world.sample_t2i(15, Random(0))[0]] == list((T2I_CATEGORIES * 3)[:15])
     asked = [q.category for q in world.sample_mmu(13, Random(0))[0]]
-    assert all(got in (want, "caption" if want == "place" else want) for got, want in zip(asked, MMU_CATEGORIES * 3))
+    assert all(got in (want, "caption" if want in ("place", "existence") else want) for got, want in zip(asked, MMU_CATEGORIES * 3))
     assert [p.category for p in world.sample_t2i(3, Random(0), categories=("scene", "place"))[0]] == [
         "scene", "place", "scene"]
 

@@ -4,8 +4,9 @@
     python -m unimod_mini.generate --checkpoint out/toy/checkpoint.pt --image drawn.png --question "describe ?" --explain
 
 routing="causal": what is generated token by token is routed by the predictors and decoded with a key/value cache.
-routing="topk":   every step runs top-k again over the whole prefix. It looks at the future of every earlier token,
-                  cannot be cached, and serves as the non-causal yardstick.
+routing="topk":   every step runs top-k again over the whole prefix (a picture's with the capacity that its finished
+                  sequence will have). It looks at the future of every earlier token, cannot be cached, and serves as
+                  the non-causal yardstick.
 Show-o's pictures are decoded in parallel (MaskGIT, arXiv 2202.04200), Emu3's row by row.
 
 Legend: B rows, T tokens so far, N image tokens, V vocabulary.
@@ -27,10 +28,14 @@ CHOICE_NOISE = 4.5   # of draw_parallel
 
 
 class Decoder:
-    """Feeds tokens and returns the logits of the next one: with a cache (causal) or by recomputing (topk)."""
+    """Feeds tokens and returns the logits of the next one: with a cache (causal) or by recomputing (topk).
 
-    def __init__(self, model: UnifiedTransformer, task: str, routing: str, batch: int, max_length: int):
-        self.model, self.task, self.routing = model, task, routing
+    finished: the length of the finished sequence where it is known, else 0: top-k takes the capacity of that length.
+    """
+
+    def __init__(self, model: UnifiedTransformer, task: str, routing: str, batch: int, max_length: int,
+                 finished: int = 0):
+        self.model, self.task, self.routing, self.finished = model, task, routing, finished
         self.cache = Cache(model, task, batch, max_length) if routing == "causal" else None
         self.seen = None
 
@@ -45,7 +50,8 @@ class Decoder:
         self.seen = new if self.seen is None else tuple(torch.cat(pair, 1) for pair in zip(self.seen, new))
         ids, valid, spans = self.seen
         spans = spans if self.model.config.backbone == "showo" else None
-        return self.model(ids, task=self.task, valid=valid, spans=spans, routing=self.routing).logits[:, -1]
+        return self.model(ids, task=self.task, valid=valid, spans=spans, routing=self.routing,
+                          coming=max(0, self.finished - ids.shape[1])).logits[:, -1]
 
 
 def left_pad(rows: list, pad: int, device) -> tuple[Tensor, Tensor]:
@@ -162,11 +168,12 @@ def draw_by_row(model, tokenizer, prompts, routing, temperature, guidance, steps
     device = next(model.parameters()).device
     streams = prompts + [""] * count if guidance else prompts
     ids, valid = left_pad([tokenizer.t2i_prompt(prompt) for prompt in streams], tokenizer.pad, device)
+    finished = ids.shape[1] + h * (w + 1) + len(tokenizer.image_footer()) + 1                # and EOS
     length = ids.shape[1] + h * (w + 1) - 2                # the last code and its EOL are never fed back
     if length > model.config.max_length:
         raise ValueError(f"generate_image: {length} tokens with the longest prompt, but max_length is "
                          f"{model.config.max_length}: shorten the prompt or raise max_length")
-    decode = Decoder(model, "t2i", routing, len(ids), length)
+    decode = Decoder(model, "t2i", routing, len(ids), length, finished)
     end_of_line = torch.full((len(ids), 1), tokenizer.special["EOL"], device=device)
     image = []
     for row in range(h):

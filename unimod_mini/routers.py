@@ -186,16 +186,18 @@ def slots(selected: Tensor, n_slot: int) -> tuple[Tensor, Tensor]:
     return indices, torch.arange(n_slot, device=selected.device) < count
 
 
-def select_topk(scores: Tensor, keep: float, valid: Tensor | None = None, order: Tensor | None = None):
+def select_topk(scores: Tensor, keep: float, valid: Tensor | None = None, order: Tensor | None = None, coming: int = 0):
     """The k_b best tokens of every row: (indices (B, K), live (B, K) or None, selected (B, T)).
 
-    Exactly k_b a row, whatever the ties; padding is never selected. scores: (B, T), any float dtype.
+    Exactly k_b a row, whatever the ties; padding is never selected. scores: (B, T), any float dtype. coming: tokens that
+    the finished rows will have behind these: k_b counts them, so that what they will keep of these is kept already.
     """
     batch, length = scores.shape
     order = tie_order(batch, length, valid, scores.device) if order is None else order
-    n_slot = capacity(keep, length)
+    n_slot = min(capacity(keep, length + coming), length)
     rank = descending_rank(scores, order, valid)
-    selected = rank < (n_slot if valid is None else row_capacity(keep, valid).clamp(max=n_slot))
+    selected = rank < (n_slot if valid is None else row_capacity(keep, valid, coming).clamp(max=n_slot))
+    selected = selected if valid is None else selected & valid
     indices, live = slots(selected, n_slot)
     return indices, None if valid is None else live, selected
 
@@ -241,7 +243,7 @@ class TaskRouter(nn.Module):
         # stop-gradient: the predictor never moves the model                                             (B, T)
         logits = scores if self.predictor is None else self.predictor(x.detach()).squeeze(-1)
         if rule == "topk":
-            indices, live, selected = select_topk(scores, keep, context.valid, context.order)
+            indices, live, selected = select_topk(scores, keep, context.valid, context.order, context.coming)
         else:
             selected = self.causal_selection(scores, logits, task, keep, context, *([before] if before else []))
             indices, live = (None, None) if before else slots(selected, int(selected.sum(1).max()))

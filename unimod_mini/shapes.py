@@ -11,7 +11,7 @@ places says little about which of its colours comes first). Any order in a drawi
 
 Everything is checked exactly: a generated picture is read back place by place, and an answer is right or wrong.
 Some colour-shape pairs are held out of training altogether (`composition`). The prompt categories follow GenEval
-(arXiv 2310.11513). Questions are only asked when they have exactly one right answer.
+(arXiv 2310.11513). Questions are only asked when they have exactly one right answer ("is there a red ring ?": no, or where it is).
 
 Legend: B batch, P places, h and w patches down and across.
 """
@@ -39,9 +39,9 @@ MMU_CATEGORIES = ("color", "shape", "place", "count", "existence", "caption")
 # What training draws and asks: the slowest to learn more often, and captions, which say most about a picture. No question
 # gives a later one of its dialogue away ("where is the red ring ?" would say that there is one).
 DRAWN = (*T2I_CATEGORIES, "binding", "binding", "scene")
-DIALOGUES = (("existence", "place"), ("count", "color"), ("caption",), ("place", "count"), ("existence", "place"),
+DIALOGUES = (("existence", "count"), ("count", "color"), ("caption",), ("place", "count"), ("existence", "count"),
              ("color", "place"), ("caption",), ("existence", "count"), ("count", "place"), ("shape", "color"),
-             ("place", "count"), ("caption",))
+             ("existence", "count"), ("caption",))
 PATCH, OBJECT = 2, 4             # pixels: of a token, of an object
 SHADES = (1.0, 0.55)             # factors on the colour
 
@@ -128,7 +128,7 @@ class World:
     @property
     def words(self) -> list:
         """Every word of the captions, questions and answers."""
-        grammar = ("a and what color shape is the where how many there describe ? yes no objects").split()
+        grammar = ("a and what color shape is the where how many there describe ? no objects").split()
         plurals = [plural(shape) for shape in self.shapes]
         numbers = NUMBERS[:self.max_objects + 1]
         return list(dict.fromkeys([*grammar, *self.colors, *self.shapes, *plurals, *numbers, *self.places]))
@@ -221,7 +221,7 @@ class World:
     def question(self, category: str, things: list, rng: Random) -> Question:
         """A question on this scene with exactly one right answer."""
         unique = [t for t in things if sum(other[:2] == t[:2] for other in things) == 1]
-        target = rng.choice(unique if category == "place" and unique else things)
+        target = rng.choice(unique if category in ("place", "existence") and unique else things)
         alone = sum(t.shape == target.shape for t in things) == 1
         if category == "color":
             text = f"what color is the {target.shape} ?" if alone else f"what color is {target.place} ?"
@@ -236,10 +236,11 @@ class World:
             return Question(f"how many {plural(shape) if shape else 'objects'} ?", category, answer)
         if category == "existence":
             absent = [pair for pair in self.seen if all(thing[:2] != pair for thing in things)]
-            color, shape = rng.choice(absent) if absent and rng.random() < 0.5 else target[:2]
-            there = any(thing[:2] == (color, shape) for thing in things)
-            return Question(f"is there a {color} {shape} ?", category, "yes" if there else "no")
-        # "caption", and "place" when every object of the picture has a twin
+            here = unique and (not absent or rng.random() < 0.5)
+            if here or absent:                             # the answer says where: it is learnt with "where is .."
+                color, shape = target[:2] if here else rng.choice(absent)
+                return Question(f"is there a {color} {shape} ?", category, target.place if here else "no")
+        # "caption", and "place" or "existence" when every object has a twin (and every pair is there)
         return Question("describe ?", "caption", " and ".join(phrase(t) for t in things))
 
     def sample_mmu(self, n: int, rng: Random, held_out: bool = False, categories=MMU_CATEGORIES):
@@ -259,7 +260,8 @@ class World:
         first always stays. Nothing follows a caption: it would give the answers away.
         """
         kinds, dialogues = [DIALOGUES[i % len(DIALOGUES)] for i in range(n)], []
-        scenes = [self.alike(rng) if "place" in kind and rng.random() < 0.5 else self.scene(rng) for kind in kinds]
+        scenes = [self.alike(rng) if {"existence", "place"} & {*kind} and rng.random() < 0.5 else self.scene(rng)
+                  for kind in kinds]
         for kind, scene in zip(kinds, scenes):
             turns, left = [], budget
             for category in kind:

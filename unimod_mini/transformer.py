@@ -84,9 +84,9 @@ class ModelConfig:
 
 
 PRESETS = {
-    "toy-showo": ModelConfig("showo", 8, 4, 4, 128, 512, 127, 128, image_start=53, rope_fraction=0.5,
+    "toy-showo": ModelConfig("showo", 8, 4, 4, 128, 512, 126, 128, image_start=52, rope_fraction=0.5,
                              qk_norm=True, image_positions=16),
-    "toy-emu3": ModelConfig("emu3", 8, 4, 2, 128, 384, 122, 128, image_start=49, rope_theta=1e6,
+    "toy-emu3": ModelConfig("emu3", 8, 4, 2, 128, 384, 121, 128, image_start=48, rope_theta=1e6,
                             qk_norm=True, image_positions=16),
     "showo-1.3b": ModelConfig("showo", 24, 32, 32, 2048, 8192, 58498, 2048, image_start=50305, rope_fraction=0.5,
                               qk_norm=True),
@@ -121,6 +121,7 @@ class Context(NamedTuple):
     rope: Tensor                   # (B, T, 2, rope_dims) cos and signed sin, see rotary
     mask: Tensor | None            # (B, 1, T, T); None: plain causal, the fast kernel
     sorted: bool                   # positions ascend with the index, so that a sorted subset is causal too
+    coming: int                    # tokens that the finished sequence will have behind these
 
 
 def rotary(positions: Tensor, dims: int, theta: float) -> Tensor:
@@ -301,16 +302,17 @@ class UnifiedTransformer(nn.Module):
         return copy
 
     def forward(self, ids: Tensor, task: str = "t2i", positions: Tensor | None = None, spans: Tensor | None = None,
-                valid: Tensor | None = None, routing: str = "topk", cache=None) -> Output:
+                valid: Tensor | None = None, routing: str = "topk", cache=None,
+                coming: int = 0) -> Output:
         """ids (B, T) long, positions and spans (B, T) long, valid (B, T) bool -> logits (B, T, V) and routings.
 
         positions default to counting the valid tokens; spans None: causal everywhere; routing "topk" (training,
         looks at the whole sequence) or "causal" (inference, looks at no later token; thresholds by trainer.calibrate).
-        A span id belongs to one run of tokens. cache: see cache.py.
+        A span id belongs to one run of tokens. cache: see cache.py. coming: routers.select_topk.
         Raises ValueError for an unknown task or routing rule, shapes that do not fit, and ids out of range (CPU).
         """
         self.check(ids, task, positions, spans, valid, routing, cache)
-        context = self.context(ids, positions, spans, valid, cache)
+        context = self.context(ids, positions, spans, valid, cache, coming)
         if cache is not None:
             cache.begin(context)
         x, routings = self.embed_tokens(ids, valid, cache), []
@@ -383,7 +385,7 @@ class UnifiedTransformer(nn.Module):
         spans = None if context.spans is None else context.spans.gather(1, indices)
         return attention_mask(context.positions.gather(1, indices), spans, live)
 
-    def context(self, ids, positions, spans, valid, cache=None) -> Context:
+    def context(self, ids, positions, spans, valid, cache=None, coming: int = 0) -> Context:
         counted, before = positions is None, 0 if cache is None else cache.n_valid           # valid tokens so far
         if cache is not None and valid is None:
             valid = torch.ones_like(ids, dtype=torch.bool)
@@ -395,7 +397,7 @@ class UnifiedTransformer(nn.Module):
         rope = rotary(positions, self.config.rope_dims, self.config.rope_theta)
         ranks = cache is None or spans is not None         # a cache without spans leaves every decision to predictors
         order = tie_order(*ids.shape, valid, ids.device, before) if ranks else None
-        return Context(positions, spans, valid, order, rope, mask, counted)
+        return Context(positions, spans, valid, order, rope, mask, counted, coming)
 
     def check(self, ids, task, positions, spans, valid, routing, cache) -> None:
         """Every error here is about the call, not about tensor values, except the id range on a CPU."""
