@@ -36,7 +36,7 @@ from unimod_mini.trainer import find_device, learning_rate, precision, seed_ever
 
 SETTINGS = {
     "emu3": dict(steps=1000, t2i=12, mmu=36, mmu_weight=4.0, budget=0.60, temperature=0.7, guidance=1.0, draw_steps=1),
-    "showo": dict(steps=1400, t2i=36, mmu=20, mmu_weight=2.0, budget=0.85, temperature=1.0, guidance=1.0, draw_steps=16),
+    "showo": dict(steps=1250, t2i=36, mmu=16, mmu_weight=2.0, budget=0.85, temperature=1.0, guidance=1.0, draw_steps=16),
 }
 AIMS = {"t2i": 0.90, "mmu": 0.95}
 EVAL_SCENES = 504                  # of each task, from seeds that training never uses
