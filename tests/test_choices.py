@@ -28,10 +28,11 @@ def test_every_choice_has_its_line(run, tmp_path, monkeypatch):
     assert choices.load_checkpoint(dense)[1]["steps"] == 2
 
 
-def test_a_foreign_dense_model_is_refused(run, tmp_path):
+def test_a_foreign_dense_model_is_refused(run, tmp_path, capsys):
     """--dense with a model of another shape: one line that names the file."""
     file = tmp_path / "other.pt"
     other = choices.toy.ModelConfig.preset("toy-showo")
     choices.save_checkpoint(file, choices.toy.UnifiedTransformer(other), steps=2)
     with pytest.raises(SystemExit):
         run("gate", "--dense", str(file))
+    assert f"{file} holds another model" in capsys.readouterr().err

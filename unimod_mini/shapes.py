@@ -11,7 +11,8 @@ places says little about which of its colours comes first). Any order in a drawi
 
 Everything is checked exactly: a generated picture is read back place by place, and an answer is right or wrong.
 Some colour-shape pairs are held out of training altogether (`composition`). The prompt categories follow GenEval
-(arXiv 2310.11513). Questions are only asked when they have exactly one right answer ("is there a red ring ?": no, or where it is).
+(arXiv 2310.11513). Questions are only asked when they have exactly one right answer ("is there a red ring ?": no, or
+where it is).
 
 Legend: B batch, P places, h and w patches down and across.
 """

@@ -302,8 +302,7 @@ class UnifiedTransformer(nn.Module):
         return copy
 
     def forward(self, ids: Tensor, task: str = "t2i", positions: Tensor | None = None, spans: Tensor | None = None,
-                valid: Tensor | None = None, routing: str = "topk", cache=None,
-                coming: int = 0) -> Output:
+                valid: Tensor | None = None, routing: str = "topk", cache=None, coming: int = 0) -> Output:
         """ids (B, T) long, positions and spans (B, T) long, valid (B, T) bool -> logits (B, T, V) and routings.
 
         positions default to counting the valid tokens; spans None: causal everywhere; routing "topk" (training,
