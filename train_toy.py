@@ -107,7 +107,7 @@ def train(model, sampler, steps: int, decay: float, device, label: str, mmu_weig
         batches = {task: batch.to(device) for task, batch in sampler().items()}
         start = time.perf_counter()
         with precision(device):
-            losses = train_step(model, optimizers, batches, learning_rate(step, steps, decay=decay), weights)
+            losses = train_step(model, optimizers, batches, learning_rate(step, steps, decay=decay), weights, step)
         if step % 10 == 9 or step == steps - 1:            # reading a loss waits for the device
             means = {task: f"{loss.item():.3f}" for task, loss in losses.items()}
             bar.set_postfix(means, refresh=False)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from helpers import build, seeds, tiny
 from unimod_mini import trainer
-from unimod_mini.objectives import Losses, cross_entropy, drop_prompts, mask_image_tokens, task_losses
+from unimod_mini.objectives import Losses, cross_entropy, drop_prompts, mask_image_tokens, task_losses, training_rule
 from unimod_mini.routers import Plan, predictor_loss
 from unimod_mini.tokenizer import IGNORE, Palette, Tokenizer, WordText
 
@@ -145,6 +145,21 @@ def test_task_losses(backbone):
     assert task_losses(build(config), batch, "mmu").predictor.item() == 0
 
 
+@pytest.mark.parametrize("backbone, rules", [("showo", ["topk", "topk"]), ("emu3", ["topk", "predicted"])])
+def test_pictures_drawn_token_by_token_meet_the_predictors_choice(backbone, rules):
+    """In every other step, t2i without spans alone; the losses are those of the model's rule."""
+    tok, codes = tokenizer(backbone), torch.zeros(2, *GRID, dtype=torch.long)
+    batches = {"t2i": tok.t2i(["a", "b c"], codes), "mmu": tok.mmu(["a", "b c"], ["b", "c"], codes)}
+    assert [training_rule(step, batches["t2i"], "t2i") for step in range(4)] == 2 * rules
+    assert {training_rule(step, batches["mmu"], "mmu") for step in range(4)} == {"topk"}
+    config = tiny(backbone, vocab_size=tok.vocab_size, image_start=tok.image_start)
+    model = build(config, Plan({"t2i": (.5, 1, .3)}), dtype=torch.float32)
+    losses = [task_losses(model, batches["t2i"], "t2i", rule).task for rule in ("topk", "predicted")]
+    wanted = [cross_entropy(model(**batches["t2i"].inputs(), task="t2i", routing=rule).logits, batches["t2i"].labels)
+              for rule in ("topk", "predicted")]
+    assert losses == wanted and losses[0] != losses[1]
+
+
 def test_the_auxiliary_loss_has_its_weight():
     """Under membership="router" the loss on the router's own score is that of the scores, weighted 0.1."""
     tok = tokenizer("emu3")
@@ -162,7 +177,7 @@ def test_a_step_weighs_the_tasks(monkeypatch, weights, total):
     """t2i and mmu count 1 and lm 0.1 (Show-o), or what is given; the predictors' loss is not weighted by task."""
     model, ones = torch.nn.Linear(1, 1), dict.fromkeys(("t2i", "mmu", "lm"))
     sizes = {"t2i": 3.0, "mmu": 5.0, "lm": 70.0}
-    monkeypatch.setattr(trainer, "task_losses", lambda model, _, task: Losses(sizes[task] * model.bias[0], model.weight[0, 0]))
+    monkeypatch.setattr(trainer, "task_losses", lambda model, _, task, rule: Losses(sizes[task] * model.bias[0], model.weight[0, 0]))
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: None)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     before = [p.item() for p in model.parameters()]

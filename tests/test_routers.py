@@ -363,13 +363,37 @@ def test_predictor_loss_value_and_targets(seed, padded):
     assert predictor_loss(routing, valid).item() == pytest.approx(sum(terms) / len(terms), rel=1e-5)
 
 
-def test_predictor_loss_moves_only_the_predictor():
+@given(seeds, st.sampled_from((0.0, 0.3, 1.0)) | st.floats(0, 1), st.integers(1, 9), st.booleans(), st.booleans())
+def test_the_predictors_choice_has_its_own_k_and_the_routers_gate(seed, keep, T, padded, tied):
+    """Rule "predicted": the k tokens that the predictor puts first, as many as top-k takes; scores, and what predictors
+    learn, stay the router's."""
+    torch.manual_seed(seed)
+    router, x = TaskRouter(4, 3, ("t2i",)).double(), torch.randn(3, T, 4, dtype=torch.float64)
+    torch.nn.init.normal_(router.score.weight)
+    if tied:
+        torch.nn.init.zeros_(router.predictor[2].weight)
+    valid = random_valid(3, T, seed, empty=False) if padded else None
+    topk, predicted = (router(x, "t2i", keep, context(valid, T, 3), rule) for rule in ("topk", "predicted"))
+    assert torch.equal(topk.scores, predicted.scores) and torch.equal(topk.predictor, predicted.predictor)
+    assert topk.topk is topk.selected and torch.equal(topk.topk, predicted.topk)
+    assert torch.equal(topk.selected.sum(1), predicted.selected.sum(1)) and topk.indices.shape == predicted.indices.shape
+    for b in range(3):
+        ok = [True] * T if valid is None else valid[b].tolist()
+        kept = naive_topk(predicted.predictor[b].float().tolist(), count(keep, sum(ok)), ok)
+        assert predicted.selected[b].nonzero().flatten().tolist() == kept
+        live = [True] * predicted.indices.shape[1] if predicted.live is None else predicted.live[b]
+        assert predicted.indices[b][torch.as_tensor(live, dtype=torch.bool)].tolist() == kept
+    assert torch.equal(predictor_loss(topk, valid), predictor_loss(predicted, valid))
+
+
+@pytest.mark.parametrize("rule", ("topk", "predicted"))
+def test_predictor_loss_moves_only_the_predictor(rule):
     """Its gradient is non-zero in the predictor and exactly zero in every other parameter and in the input."""
     plan = Plan({"t2i": (.5, .5, 1), "mmu": (1, .3, .7)})
     for task in plan.tasks:
         model = build(tiny("emu3"), plan, dtype=torch.float32)
         inputs = call(model.config, 3, 9, 0, padding="left")
-        losses = [predictor_loss(r, inputs["valid"]) for r in model(task=task, **inputs).routing if r is not None]
+        losses = [predictor_loss(r, inputs["valid"]) for r in model(task=task, routing=rule, **inputs).routing if r is not None]
         assert len(losses) == 2
         sum(losses).backward()
         for name, weight in model.named_parameters():

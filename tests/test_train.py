@@ -93,16 +93,18 @@ def test_calibrated_thresholds_realise_the_trained_capacity(backbone, dtype):
     assert 0.5 <= report["base_rate"] <= 1 and 0 <= report["accuracy"] <= 1
 
 
-def test_predictors_never_move_the_model():
-    """Whatever the predictors are, a training step leaves every other weight at the same bits: clipping included."""
-    _, _, sampler, config = setup("emu3")
+@pytest.mark.parametrize("backbone, step", [("emu3", 0), ("showo", 0), ("showo", 1)])
+def test_predictors_never_move_the_model(backbone, step):
+    """Where the router ranks, a training step leaves every other weight at the same bits whatever the predictors are:
+    clipping included."""
+    _, _, sampler, config = setup(backbone)
     one = UnifiedTransformer(config, Plan({"t2i": (0.5, 1), "mmu": (0.7, 0.3)}))
     two, batches = deepcopy(one), sampler(4, 4)
     for name, weight in two.named_parameters():
         if ".predictor." in name:
             weight.data.mul_(100)
     for model in (one, two):
-        train_step(model, make_optimizers(model), batches, 1.0)
+        train_step(model, make_optimizers(model), batches, 1.0, step=step)
     for (name, a), b in zip(one.named_parameters(), two.parameters()):
         assert torch.equal(a, b) != (".predictor." in name), name
 

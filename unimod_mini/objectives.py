@@ -60,9 +60,18 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return loss / (labels != IGNORE).sum().clamp(min=1)
 
 
-def task_losses(model, batch: Batch, task: str) -> Losses:
-    """One forward with top-k routing."""
-    out = model(**batch.inputs(), task=task)
+def training_rule(step: int, batch: Batch, task: str) -> str:
+    """Who ranks the tokens in this step of training: "topk", the router, or "predicted", the predictors.
+
+    Every other step a picture that is drawn token by token (t2i without spans) is learnt with the k tokens that the
+    predictors put first, as it will be drawn. Departure from the paper, which trains with the router's k alone.
+    """
+    return "predicted" if step % 2 and task == "t2i" and batch.spans is None else "topk"
+
+
+def task_losses(model, batch: Batch, task: str, rule: str = "topk") -> Losses:
+    """One forward. rule: routing of the model."""
+    out = model(**batch.inputs(), task=task, routing=rule)
     routed = [predictor_loss(routing, batch.valid) for routing in out.routing if routing is not None]
     weight = MEMBERSHIP_WEIGHT[model.config.membership]
     membership = weight * torch.stack(routed).mean() if routed else out.logits.new_zeros(())
@@ -81,19 +90,20 @@ def token_counts(batch: Batch) -> tuple[int, int]:
 class Objective(nn.Module):
     """The losses of every task in one forward, so that one backward (and one exchange of gradients) holds all tasks.
 
-    forward({task: Batch}, {task: (a, b)}) -> loss, a scalar, and {task: (a x task loss, b x predictor loss), (2,)}
+    forward({task: Batch}, {task: (a, b)}, step) -> loss, a scalar, and {task: (a x task loss, b x predictor loss), (2,)}
     without gradient. a and b: this batch's part of the labelled and of the valid tokens of a whole step. The means over
-    the step are then plain sums over micro-batches and ranks, however the tokens are spread over them.
+    the step are then plain sums over micro-batches and ranks, however the tokens are spread over them. step: its number,
+    for training_rule.
     """
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batches: dict, parts: dict) -> tuple[Tensor, dict]:
+    def forward(self, batches: dict, parts: dict, step: int = 0) -> tuple[Tensor, dict]:
         loss, shown = 0.0, {}
         for task, batch in batches.items():
-            task_loss, predictor = task_losses(self.model, batch, task)
+            task_loss, predictor = task_losses(self.model, batch, task, training_rule(step, batch, task))
             a, b = parts[task]
             loss = loss + TASK_WEIGHTS[task] * a * task_loss + b * predictor
             shown[task] = torch.stack((a * task_loss, b * predictor)).detach()

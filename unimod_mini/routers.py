@@ -124,6 +124,7 @@ class Routing(NamedTuple):
     selected: Tensor       # (B, T) bool, the same decision by token
     scores: Tensor         # (B, T) router scores r
     predictor: Tensor      # (B, T) logits of "this token is among the top k", from x_i alone
+    topk: Tensor | None    # (B, T) bool, the router's top k, what predictors learn; None under "causal"
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -234,7 +235,8 @@ class TaskRouter(nn.Module):
             self.register_buffer(f"threshold_{task}", torch.zeros(()))
 
     def forward(self, x: Tensor, task: str, keep: float, context, rule: str, before=None) -> Routing:
-        """x (B, T, D) -> Routing. rule: "topk" looks at the whole sequence, "causal" decides token by token.
+        """x (B, T, D) -> Routing. rule: "topk" and "predicted" look at the whole sequence and take the best k by score or
+        by predictor, "causal" decides token by token.
 
         before: behind a cache, how many tokens earlier chunks had and how many of those this layer kept, (B, 1) each.
         """
@@ -242,12 +244,13 @@ class TaskRouter(nn.Module):
             scores = self.score(x.to(self.score.weight.dtype)).squeeze(-1)                # r = R_t(x)   (B, T)
         # stop-gradient: the predictor never moves the model                                             (B, T)
         logits = scores if self.predictor is None else self.predictor(x.detach()).squeeze(-1)
-        if rule == "topk":
-            indices, live, selected = select_topk(scores, keep, context.valid, context.order, context.coming)
-        else:
+        if rule == "causal":
             selected = self.causal_selection(scores, logits, task, keep, context, *([before] if before else []))
             indices, live = (None, None) if before else slots(selected, int(selected.sum(1).max()))
-        return Routing(indices, live, selected, scores, logits)
+            return Routing(indices, live, selected, scores, logits, None)
+        best = select_topk(scores, keep, context.valid, context.order, context.coming)
+        taken = best if rule == "topk" else select_topk(logits, keep, context.valid, context.order, context.coming)
+        return Routing(*taken, scores, logits, best[2])
 
     def over_threshold(self, logits: Tensor, task: str) -> Tensor:
         """Membership logits -> bool, compared in the threshold's dtype: rounded to bf16 it would fall on a score."""
@@ -278,7 +281,7 @@ class TaskRouter(nn.Module):
 
 def predictor_loss(routing: Routing, valid: Tensor | None) -> Tensor:
     """Binary cross-entropy of the membership logits against membership in the top k, mean over valid tokens: a scalar."""
-    loss = F.binary_cross_entropy_with_logits(routing.predictor.float(), routing.selected.float(), reduction="none")
+    loss = F.binary_cross_entropy_with_logits(routing.predictor.float(), routing.topk.float(), reduction="none")
     return loss.mean() if valid is None else (loss * valid).sum() / valid.sum().clamp(min=1)
 
 

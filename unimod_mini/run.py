@@ -86,7 +86,7 @@ class Run:
         for number, (micro, part) in enumerate(zip(batches, parts, strict=True), start=1):
             with synchronised(self.wrapped, now=number == len(batches)):
                 with precision(self.device):
-                    loss, shown = self.wrapped(to_device(micro, self.device), part)
+                    loss, shown = self.wrapped(to_device(micro, self.device), part, self.step)
                 (world * loss).backward()                  # DDP and FSDP divide by the number of ranks
             losses += torch.stack([shown[task] for task in self.tasks])
         norm = clip_gradients(self.model, self.config.clip)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .files import whole_file
-from .objectives import TASK_WEIGHTS, task_losses
+from .objectives import TASK_WEIGHTS, task_losses, training_rule
 from .routers import Plan
 from .transformer import ModelConfig, UnifiedTransformer, inference
 
@@ -119,9 +119,12 @@ def clip_gradients(model: nn.Module, limit: float) -> torch.Tensor:
     return norm + 0 * nn.utils.get_total_norm([p.grad for p in apart]) if apart else norm
 
 
-def train_step(model, optimizers, batches: dict, factor: float, weights: dict = TASK_WEIGHTS) -> dict:
-    """One step on one batch of every task: forward, backward, clip, update. Returns {task: loss} as tensors."""
-    losses = {task: task_losses(model, batch, task) for task, batch in batches.items()}
+def train_step(model, optimizers, batches: dict, factor: float, weights: dict = TASK_WEIGHTS, step: int = 0) -> dict:
+    """One step on one batch of every task: forward, backward, clip, update. Returns {task: loss} as tensors.
+
+    factor: of the peak rates; weights: {task: its loss's}; step: its number, for objectives.training_rule.
+    """
+    losses = {task: task_losses(model, batch, task, training_rule(step, batch, task)) for task, batch in batches.items()}
     total = sum(weights[task] * loss.task + loss.predictor for task, loss in losses.items())
     total.backward()
     clip_gradients(model, 1.0)

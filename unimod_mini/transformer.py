@@ -306,7 +306,8 @@ class UnifiedTransformer(nn.Module):
         """ids (B, T) long, positions and spans (B, T) long, valid (B, T) bool -> logits (B, T, V) and routings.
 
         positions default to counting the valid tokens; spans None: causal everywhere; routing "topk" (training,
-        looks at the whole sequence) or "causal" (inference, looks at no later token; thresholds by trainer.calibrate).
+        looks at the whole sequence), "predicted" (the same, ranked by the predictors: objectives.training_rule) or
+        "causal" (inference, looks at no later token; thresholds by trainer.calibrate).
         A span id belongs to one run of tokens. cache: see cache.py. coming: routers.select_topk.
         Raises ValueError for an unknown task or routing rule, shapes that do not fit, and ids out of range (CPU).
         """
@@ -402,8 +403,8 @@ class UnifiedTransformer(nn.Module):
         """Every error here is about the call, not about tensor values, except the id range on a CPU."""
         if task not in self.plan.tasks:
             raise ValueError(f"unknown task {task!r}: this model's plan knows {', '.join(self.plan.tasks)}")
-        if routing not in ("topk", "causal"):
-            raise ValueError(f'routing must be "topk" or "causal", got {routing!r}')
+        if routing not in ("topk", "predicted", "causal"):
+            raise ValueError(f'routing must be "topk", "predicted" or "causal", got {routing!r}')
         if cache is not None and routing != "causal":
             raise ValueError('a cache needs routing="causal": top-k over a sequence changes when it grows')
         if ids.dim() != 2 or ids.numel() == 0 or ids.dtype != torch.long:
