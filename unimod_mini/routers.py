@@ -213,8 +213,8 @@ GATES = {  # g(0) = 1 for every one of them
     "tanh": lambda r: 1 + 0.2 * torch.tanh(r),  # p-MoD (arXiv 2412.04449)
 }
 
-# MoD's two cures for looking ahead, and the weight of their loss. "predictor": a small MLP on the detached input, which
-# never moves the model. "router": an auxiliary loss on the router's own score, which then decides by itself.
+# MoD's two cures for looking ahead, and the weight of their loss. "predictor": a small MLP on the detached input, whose
+# loss never moves the model. "router": an auxiliary loss on the router's own score, which then decides by itself.
 MEMBERSHIP_WEIGHT = {"predictor": 1.0, "router": 0.1}
 
 
@@ -242,7 +242,7 @@ class TaskRouter(nn.Module):
         """
         with torch.autocast(x.device.type, enabled=False):  # bf16 scores would tie by the dozen
             scores = self.score(x.to(self.score.weight.dtype)).squeeze(-1)                # r = R_t(x)   (B, T)
-        # stop-gradient: the predictor never moves the model                                             (B, T)
+        # stop-gradient: the predictor's loss never moves the model                                      (B, T)
         logits = scores if self.predictor is None else self.predictor(x.detach()).squeeze(-1)
         if rule == "causal":
             selected = self.causal_selection(scores, logits, task, keep, context, *([before] if before else []))
