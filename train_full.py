@@ -78,7 +78,7 @@ class Config:
     muon_lr: float = 0.02          # peak rate of Muon
     weight_decay: float = 0.1      # of AdamW's matrices
     warmup: int = 100              # steps up to the peak rate, again after the layer switch
-    decay: str = "cosine"          # or linear: from the peak to 0 at the last step
+    decay: str = "cosine"          # or linear: the last stage's way from the peak to 0
     clip: float = 1.0              # largest norm of the gradient
     ema: float = 0.0               # > 0: evaluate, draw and publish an average of the weights with this decay
     parallel: str = "ddp"          # or fsdp: weights, gradients and optimiser are sharded over the processes

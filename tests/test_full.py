@@ -494,14 +494,19 @@ def test_another_run_is_not_continued(data, tmp_path):
 @settings(max_examples=40)
 @given(st.integers(1, 300), st.integers(1, 50), st.sampled_from(("cosine", "linear")), st.floats(0, 1))
 def test_the_rate_rises_and_falls(steps, warmup, decay, share):
-    """In (0, 1] at every step, at most 1 / warmup in the first step of a stage, falling after each warm-up, to about 0."""
-    run = Run.__new__(Run)
-    run.config, run.since = full.Config(steps=steps, warmup=warmup, decay=decay), round(share * (steps - 1))
-    rates = []
-    for run.step in range(run.since, steps):
-        rates.append(run.rate())
-    assert all(0 < rate <= 1 for rate in rates) and rates[0] <= 1 / warmup
-    assert all(a >= b for a, b in zip(rates[warmup:], rates[warmup + 1:])) and rates[-1] <= 1 / steps + 1e-9
+    """In (0, 1] at every step, at most 1 / warmup in the first step of a stage. The last stage, UniMoD or dense to the
+    end, falls from the peak after its warm-up to about 0; a dense stage before a switch stays at the peak."""
+    run, since = Run.__new__(Run), round(share * (steps - 1))
+    for run.stage, dense, run.since in (("unimod", 0.5, since), ("dense", 1.0, 0), ("dense", 0.5, 0)):
+        run.config, rates = full.Config(steps=steps, warmup=warmup, decay=decay, dense=dense), []
+        for run.step in range(run.since, steps):
+            rates.append(run.rate())
+        assert all(0 < rate <= 1 for rate in rates) and rates[0] <= 1 / warmup
+        if dense == 0.5 and run.stage == "dense":
+            assert set(rates[warmup:]) <= {1.0}
+        else:
+            assert all(a >= b for a, b in zip(rates[warmup:], rates[warmup + 1:]))
+            assert rates[-1] <= 1 / len(rates) + 1e-9
 
 
 @given(st.lists(st.integers(0, 9)), st.integers(0, 9), st.booleans())

@@ -73,9 +73,13 @@ class Run:
         self.skipped = torch.zeros(2, device=device)                         # steps: in a row up to now, in all
 
     def rate(self) -> float:
-        """Factor of the peak rate: up over the stage's warm-up, down to 0 at the last step by cosine or in a line."""
+        """Factor of the peak rate: up over the stage's warm-up; in the last stage down to 0 by cosine or in a line.
+
+        A dense stage that a switch will end stays at the peak: what UniMoD takes out has to be learnt anew.
+        """
         up = min(1.0, (self.step - self.since + 1) / self.config.warmup)
-        left = max(0.0, 1 - self.step / self.config.steps)
+        last = self.stage == "unimod" or self.config.dense >= 1
+        left = max(0.0, (self.config.steps - self.step) / (self.config.steps - self.since)) if last else 1.0
         return up * (left if self.config.decay == "linear" else (1 - math.cos(math.pi * left)) / 2)
 
     def advance(self, batches: list, parts: list) -> tuple[Tensor, Tensor]:
