@@ -485,7 +485,7 @@ IDS = torch.zeros(2, 5, dtype=torch.long)
 
 @pytest.mark.parametrize("arguments, message", [
     (dict(task="lm"), "unknown task 'lm': this model's plan knows t2i, mmu"),
-    (dict(routing="top-k"), 'routing must be "topk" or "causal", got \'top-k\''),
+    (dict(routing="top-k"), 'routing must be "topk", "predicted" or "causal", got \'top-k\''),
     (dict(ids=IDS[0]), r"ids must be \(B, T\) long with B, T >= 1, got \(5,\) torch.int64"),
     (dict(ids=IDS.int()), r"got \(2, 5\) torch.int32"),
     (dict(ids=IDS[:, :0]), r"with B, T >= 1, got \(2, 0\)"),
