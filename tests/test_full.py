@@ -324,6 +324,20 @@ def test_compiled_blocks_and_recomputation_change_no_loss(data, tmp_path, monkey
     assert rows(tmp_path / "compiled", *names)[1] == pytest.approx(rows(tmp_path / "plain", *names)[1], abs=1e-5)
 
 
+def test_every_other_step_draws_with_the_predictors_choice(data, tmp_path):
+    """The number of a step reaches the model as its rule, in every micro-batch; an evaluation ranks by the router."""
+    config = full.parse(["--data", str(data["emu3"]), *TINY, "--accumulate", "2", "--out", str(tmp_path)])
+    job, rules = full.make_job(config, Ranks(0, 1, 0), torch.device("cpu")), {"t2i": [], "mmu": []}
+    run = full.begin(job)
+    run.model.register_forward_pre_hook(lambda _, __, given: rules[given["task"]].append(given["routing"]), with_kwargs=True)
+    for step in range(2):
+        batches = job.loader.batches(step)
+        run.advance(batches, share_out(batches)[0])
+    assert rules == {"t2i": ["topk"] * 2 + ["predicted"] * 2, "mmu": ["topk"] * 4}
+    run.evaluate(*job.held)
+    assert set(rules["t2i"][4:]) == set(rules["mmu"][4:]) == {"topk"}
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_step_does_not_wait_for_the_device(data):
     """After warming up, a whole step with accumulation runs under torch's sync alarm."""

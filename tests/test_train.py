@@ -109,6 +109,15 @@ def test_predictors_never_move_the_model(backbone, step):
         assert torch.equal(a, b) != (".predictor." in name), name
 
 
+def test_every_other_step_of_the_toy_draws_with_the_predictors_choice():
+    """The number of a step reaches the model as its rule: t2i alternates, mmu does not."""
+    _, _, sampler, config = setup("emu3")
+    model, rules = UnifiedTransformer(config), {"t2i": [], "mmu": []}
+    model.register_forward_pre_hook(lambda _, __, given: rules[given["task"]].append(given["routing"]), with_kwargs=True)
+    toy.train(model, sampler, 4, 0.0, torch.device("cpu"), "")
+    assert rules == {"t2i": ["topk", "predicted"] * 2, "mmu": ["topk"] * 4}
+
+
 @pytest.mark.parametrize("training", (False, True))
 def test_looking_at_a_model_does_not_change_its_mode(training):
     """Drawing, answering, thresholds, reports and ARank run without dropout and leave a model training if it was."""

@@ -248,8 +248,9 @@ class TaskRouter(nn.Module):
             selected = self.causal_selection(scores, logits, task, keep, context, *([before] if before else []))
             indices, live = (None, None) if before else slots(selected, int(selected.sum(1).max()))
             return Routing(indices, live, selected, scores, logits, None)
-        best = select_topk(scores, keep, context.valid, context.order, context.coming)
-        taken = best if rule == "topk" else select_topk(logits, keep, context.valid, context.order, context.coming)
+        k_best = lambda ranking: select_topk(ranking, keep, context.valid, context.order, context.coming)
+        best = k_best(scores)
+        taken = best if rule == "topk" else k_best(logits)
         return Routing(*taken, scores, logits, best[2])
 
     def over_threshold(self, logits: Tensor, task: str) -> Tensor:
