@@ -189,19 +189,19 @@ def main() -> None:
     device = find_device(args.device)
     pair, rows = models(device), []
     sizes = [(length, batch) for length in PROMPTS for batch in BATCHES][:1 if args.quick else None]
-    for length, batch in tqdm(sizes, unit="size"):
-        rows.append(measure(pair, length, batch, device))
-    versus = cached_against_recomputed(pair, device)
     config = pair["dense"].config
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    print(f"\n{device}, {where}, width {config.d_model}, {config.n_layer} layers, {pair['dense'].embed.weight.dtype}, "
+    print(f"{device}, {where}, width {config.d_model}, {config.n_layer} layers, {pair['dense'].embed.weight.dtype}, "
           f"keep {KEEP} in every other layer; {STEPS} steps, median of {TURNS} turns")
     print(f"{'prompt':>6}{'batch':>6}{'dense tok/s':>13}{'UniMoD tok/s':>14}{'speed-up':>10}{'allowed':>9}{'reached':>9}"
           f"{'dense MB':>10}{'UniMoD MB':>11}{'used share':>12}")
-    for row in rows:
-        print(f"{row['prompt']:>6}{row['batch']:>6}{row['dense_tokens_per_second']:>13.1f}{row['tokens_per_second']:>14.1f}"
-              f"{row['speedup']:>10.2f}{row['allowed']:>9.2f}{row['reached']:>9.2f}{row['dense_bytes'] / 1e6:>10.1f}"
-              f"{row['unimod_bytes'] / 1e6:>11.1f}{row['unimod_used'] / row['dense_used']:>12.1%}")
+    for length, batch in tqdm(sizes, unit="size"):
+        row = measure(pair, length, batch, device)
+        rows.append(row)
+        tqdm.write(f"{length:>6}{batch:>6}{row['dense_tokens_per_second']:>13.1f}{row['tokens_per_second']:>14.1f}"
+                   f"{row['speedup']:>10.2f}{row['allowed']:>9.2f}{row['reached']:>9.2f}{row['dense_bytes'] / 1e6:>10.1f}"
+                   f"{row['unimod_bytes'] / 1e6:>11.1f}{row['unimod_used'] / row['dense_used']:>12.1%}")
+    versus = cached_against_recomputed(pair, device)
     for name, value in versus.items():
         print(f"{name}, tokens 193 to 256, batch 1: cached {value['cached_ms']:.1f} ms, recomputed "
               f"{value['recomputed_ms']:.1f} ms a token, {value['ratio']:.1f}x")

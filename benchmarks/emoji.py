@@ -34,7 +34,7 @@ from unimod_mini.shards import Shards  # noqa: E402
 from unimod_mini.show import save_png  # noqa: E402
 from unimod_mini.trainer import find_device, precision  # noqa: E402
 
-CHUNK, SHOWN = 64, 8               # generated at once; columns of a sheet
+CHUNK, SHOWN = 128, 8              # generated at once; columns of a sheet
 HEADS = ("concept", "style", "group")
 
 
@@ -92,27 +92,28 @@ def disturb(images: Tensor, rng: torch.Generator) -> Tensor:
     x = F.pad(images.permute(0, 3, 1, 2).float(), (3, 3, 3, 3), value=255.0)
     y, z = torch.randint(0, 7, (2,), generator=rng).tolist()                 # one move a batch
     x = x[:, :, y:y + side, z:z + side]
+    coin, light = torch.rand(n, 1, 1, 1, generator=rng), 0.8 + 0.4 * torch.rand(n, 3, 1, 1, generator=rng)
     soft = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
-    x = torch.where(torch.rand(n, 1, 1, 1, generator=rng) < 0.5, soft, x)
-    light = 0.8 + 0.4 * torch.rand(n, 3, 1, 1, generator=rng)                # by picture and channel
-    return (255 - (255 - x) * light).clamp(0, 255).permute(0, 2, 3, 1)
+    x = torch.where(coin.to(x.device) < 0.5, soft, x)
+    return (255 - (255 - x) * light.to(x.device)).clamp(0, 255).permute(0, 2, 3, 1)
 
 
-def train_judge(pictures: list, steps: int, seed: int) -> Judge:
+def train_judge(pictures: list, steps: int, seed: int, device) -> Judge:
     """Every concept equally often, whatever its skin tones and styles."""
     torch.manual_seed(seed)
     names = {head: sorted({getattr(p, head) for p in pictures}) for head in HEADS}
-    judge, rng, generator = Judge(names), Random(seed), torch.Generator().manual_seed(seed)
+    judge, rng, generator = Judge(names).to(device), Random(seed), torch.Generator().manual_seed(seed)
     by_concept = {}
     for number, picture in enumerate(pictures):
         by_concept.setdefault(picture.concept, []).append(number)
-    images, targets, concepts = torch.stack([p.pixels for p in pictures]), judge.targets(pictures), list(by_concept)
+    images, targets = torch.stack([p.pixels for p in pictures]).to(device), judge.targets(pictures)
+    concepts = list(by_concept)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps)
     for _ in tqdm(range(steps), "judge", unit="step"):
         pick = torch.tensor([rng.choice(by_concept[concept]) for concept in rng.choices(concepts, k=128)])
-        logits = judge(disturb(images[pick], generator))
-        loss = sum(F.cross_entropy(logits[head], targets[head][pick], label_smoothing=0.1) for head in HEADS)
+        logits = judge(disturb(images[pick.to(device)], generator))
+        loss = sum(F.cross_entropy(logits[head], targets[head][pick].to(device), label_smoothing=0.1) for head in HEADS)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -125,7 +126,8 @@ def verdict(judge: Judge, pictures: list, images: Tensor) -> dict:
     """How often images (B, S, S, 3) show what `pictures` say: concept (first, among five), style, group."""
     known = [i for i, p in enumerate(pictures) if p.concept in judge.names["concept"]]
     pictures, out = [pictures[i] for i in known], {"pictures": len(known)}
-    logits, targets = judge(images[known]), judge.targets(pictures)
+    device = next(judge.parameters()).device
+    logits, targets = {head: x.cpu() for head, x in judge(images[known].to(device)).items()}, judge.targets(pictures)
     for head, wanted in targets.items():
         out[head] = round((logits[head].argmax(1) == wanted).float().mean().item(), 4)
     best = logits["concept"].topk(min(5, len(judge.names["concept"])), 1).indices            # (B, 5)
@@ -183,7 +185,7 @@ def main() -> None:
     parser.add_argument("--asked", type=int, default=600, help="held-out questions")
     parser.add_argument("--judge-steps", type=int, default=1500)
     parser.add_argument("--temperature", type=float, default=0.7)
-    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="out/emoji-judged")
     args = parser.parse_args()
@@ -194,7 +196,7 @@ def main() -> None:
     tokenizer, rng = shards.tokenizer, Random(f"prompts {args.seed}")
     drawing = {"temperature": args.temperature, "guidance": args.guidance, "steps": 16}
     seen, held = singles(chunks, "train", ""), singles(chunks, "held", "style x concept")
-    judge = train_judge(seen, args.judge_steps, args.seed)
+    judge = train_judge(seen, args.judge_steps, args.seed, device)
     prompts = {"train": rng.sample(seen, min(args.drawn, len(seen))), "held": rng.sample(held, min(args.drawn, len(held)))}
     results, rows = {"judge": {}, "drawn": {}, "answered": {}}, {"train": [], "held": []}
     for split, pictures in prompts.items():

@@ -36,7 +36,7 @@ class TextModel(nn.Module):
         self.config, self.model = config, hugging_face(config)
         self.name = type(self.model).__name__
 
-    def forward(self, ids: Tensor, task: str = "t2i", spans=None, valid=None) -> Output:
+    def forward(self, ids: Tensor, task: str = "t2i", spans=None, valid=None, routing: str = "topk") -> Output:
         if spans is not None or valid is not None:
             raise ValueError("a text model knows neither spans nor padding")
         return Output(self.model(input_ids=ids).logits, [])

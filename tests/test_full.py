@@ -338,19 +338,6 @@ def test_every_other_step_draws_with_the_predictors_choice(data, tmp_path):
     assert set(rules["t2i"][4:]) == set(rules["mmu"][4:]) == {"topk"}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_step_does_not_wait_for_the_device(data):
-    """After warming up, a whole step with accumulation runs under torch's sync alarm."""
-    config = full.parse(["--data", str(data["emu3"]), *TINY, "--accumulate", "2", "--ema", "0.9"])
-    job = full.make_job(config, Ranks(0, 1, 0), torch.device("cuda"))
-    run = full.begin(job)
-    for step in range(3):
-        batches = job.loader.batches(step)
-        torch.cuda.set_sync_debug_mode("error" if step == 2 else "default")
-        run.advance(batches, share_out(batches)[0])
-        torch.cuda.set_sync_debug_mode("default")
-
-
 @pytest.mark.parametrize("backbone", ("showo", "emu3"))
 def test_init_takes_the_weights_and_nothing_else(data, tmp_path, backbone):
     """--init with --plan: every weight but the routers' is the checkpoint's, bit by bit, the plan is the given one."""

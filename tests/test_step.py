@@ -2,6 +2,7 @@
 import json
 import sys
 import xml.etree.ElementTree as xml
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -266,6 +267,17 @@ def test_without_transformers(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=r'--against-hf needs the extra hf: pip install -e "\.\[hf\]"'):
         step.main([*TINY, "--savings", "0.4", "--against-hf"])
+
+
+def test_another_text_model_takes_the_same_step(monkeypatch):
+    """What stands in for transformers gets all that a training step passes to a model."""
+    class Text(torch.nn.Linear):
+        def forward(self, input_ids):
+            return SimpleNamespace(logits=super().forward(torch.nn.functional.one_hot(input_ids, self.in_features).float()))
+
+    monkeypatch.setattr("benchmarks.text_models.hugging_face", lambda config: Text(config.vocab_size, config.vocab_size))
+    args = step.parse(TINY)
+    assert step.against_hf(step.make_config(args), args, torch.device("cpu"))["name"] == "Text"
 
 
 @pytest.mark.parametrize("backbone", ("showo", "emu3"))

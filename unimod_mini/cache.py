@@ -14,12 +14,17 @@ Legend: B rows, t new tokens a row, N new tokens that a layer routes (all rows),
 R rows that a single token routes, H heads, G key/value heads, d head width.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .routers import capacity
 from .transformer import Context, UnifiedTransformer, attend
 
+# not cuDNN's attention: it plans anew for every shape, and behind a cache no two steps have the same
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 BY_ROW = ("cpu",)   # devices on which ragged rows are decoded one after the other; elsewhere they are copied side by side
 
 
@@ -50,10 +55,11 @@ class LayerCache:
         self.v[place[0], :, place[1]] = v[0].detach().transpose(0, 1)
         self.positions[place] = self.new_positions.to(torch.int32)
         before, self.counts = self.counts, counts
-        if self.single:
-            return self.attend_single(q, rows, together)
-        return self.attend_chunk(q, place[1], torch.tensor([slot - before[b] for b, slot in zip(rows, slots)],
-                                                           device=q.device))
+        with sdpa_kernel(KERNELS) if q.is_cuda else nullcontext():
+            if self.single:
+                return self.attend_single(q, rows, together)
+            return self.attend_chunk(q, place[1], torch.tensor([slot - before[b] for b, slot in zip(rows, slots)],
+                                                               device=q.device))
 
     def attend_single(self, q: Tensor, rows: list, together: bool) -> Tensor:
         """Decoding, one new token in each of R rows: its query over all slots of its row."""

@@ -145,15 +145,19 @@ def tie_order(batch: int, length: int, valid: Tensor | None, device, before: Ten
     return torch.where(valid, (rank * GOLDEN) % 2**32, 2**32).argsort(dim=1, stable=True)
 
 
-def descending_rank(scores: Tensor, order: Tensor, eligible: Tensor | None = None) -> Tensor:
-    """(B, T) long: 0 for the best score, 1 for the next ..; NaN counts as the worst, ineligible tokens come last.
+def best_first(scores: Tensor, order: Tensor) -> Tensor:
+    """(B, T) long: the tokens from the best score to the worst, equal ones as in `order`; NaN counts as the worst.
 
     Compared as float32, so that the rounding noise of equal tokens in a float64 model is a tie.
     """
     scores = torch.nan_to_num(scores.detach().float(), nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    ranked = order.gather(1, scores.gather(1, order).argsort(dim=1, descending=True, stable=True))
-    if eligible is not None:
-        ranked = ranked.gather(1, (~eligible).gather(1, ranked).long().argsort(dim=1, stable=True))
+    return order.gather(1, scores.gather(1, order).argsort(dim=1, descending=True, stable=True))
+
+
+def descending_rank(scores: Tensor, order: Tensor, eligible: Tensor) -> Tensor:
+    """(B, T) long: 0 for the best score of the eligible tokens, 1 for the next ..; the others come last."""
+    ranked = best_first(scores, order)
+    ranked = ranked.gather(1, eligible.gather(1, ranked).byte().argsort(dim=1, descending=True, stable=True))
     return torch.empty_like(ranked).scatter_(1, ranked, torch.arange(scores.shape[1], device=scores.device)
                                              .expand_as(ranked))
 
@@ -161,7 +165,7 @@ def descending_rank(scores: Tensor, order: Tensor, eligible: Tensor | None = Non
 def row_capacity(keep: float, valid: Tensor, before: Tensor | int = 0) -> Tensor:
     """(B, 1) long: k_b = floor(keep T_b + 1/2) of a row with T_b valid tokens (`before` of them in earlier chunks)."""
     precision = torch.float32 if valid.device.type == "mps" else torch.float64  # MPS has no float64
-    return ((valid.sum(1, keepdim=True) + before).to(precision) * keep + 0.5).floor().long()
+    return ((valid.sum(1, keepdim=True, dtype=precision) + before) * keep + 0.5).long()
 
 
 def span_number(spans: Tensor, valid: Tensor) -> Tensor:
@@ -180,11 +184,8 @@ def slots(selected: Tensor, n_slot: int) -> tuple[Tensor, Tensor]:
 
     selected = 0 1 0 1, K = 3  ->  indices = 1 3 0, live = 1 1 0
     """
-    count = selected.sum(1, keepdim=True)
-    slot = torch.where(selected, selected.cumsum(1) - 1, count + (~selected).cumsum(1) - 1)
-    token = torch.arange(selected.shape[1], device=selected.device).expand_as(slot)
-    indices = torch.empty_like(slot).scatter_(1, slot, token)[:, :n_slot]
-    return indices, torch.arange(n_slot, device=selected.device) < count
+    indices = selected.byte().argsort(dim=1, descending=True, stable=True)[:, :n_slot]
+    return indices, torch.arange(n_slot, device=selected.device) < selected.sum(1, keepdim=True)
 
 
 def select_topk(scores: Tensor, keep: float, valid: Tensor | None = None, order: Tensor | None = None, coming: int = 0):
@@ -196,9 +197,14 @@ def select_topk(scores: Tensor, keep: float, valid: Tensor | None = None, order:
     batch, length = scores.shape
     order = tie_order(batch, length, valid, scores.device) if order is None else order
     n_slot = min(capacity(keep, length + coming), length)
-    rank = descending_rank(scores, order, valid)
-    selected = rank < (n_slot if valid is None else row_capacity(keep, valid, coming).clamp(max=n_slot))
-    selected = selected if valid is None else selected & valid
+    if valid is None:
+        k = n_slot
+    else:                                                  # padding is the worst, and the last of all ties
+        scores, k = scores.detach().masked_fill(~valid, -torch.inf), row_capacity(keep, valid, coming)
+        k = torch.minimum(k, valid.sum(1, keepdim=True)) if coming else k
+    ranked = best_first(scores, order)
+    best = (torch.arange(length, device=scores.device) < k).expand(batch, length)
+    selected = torch.empty_like(best).scatter_(1, ranked, best)
     indices, live = slots(selected, n_slot)
     return indices, None if valid is None else live, selected
 

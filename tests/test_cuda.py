@@ -1,0 +1,111 @@
+"""The same on a CUDA device as on the CPU: forward, cache, drawing, answers, training. Skipped where there is none."""
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import train_full as full
+from helpers import BACKBONES, build, calls, plans, real, tiny
+from test_cache import cuts, feed
+from test_full import TINY, data, run, rows  # noqa: F401 (data is a fixture)
+from test_generate import make, pictures
+from unimod_mini.distributed import Ranks
+from unimod_mini.generate import generate_image, generate_text
+from unimod_mini.routers import Plan
+from unimod_mini.run import share_out
+from unimod_mini.trainer import precision
+
+DEVICE = "cuda"
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+both = pytest.mark.parametrize("backbone", BACKBONES)
+
+
+def moved(inputs):
+    return {name: x if x is None else x.to(DEVICE) for name, x in inputs.items()}
+
+
+@settings(max_examples=40, deadline=None)
+@given(backbone=st.sampled_from(BACKBONES), task=st.sampled_from(("t2i", "mmu")), plan=plans(), data=st.data(),
+       rule=st.sampled_from(("topk", "predicted", "causal")))
+def test_forward_is_that_of_the_cpu(backbone, task, plan, data, rule):
+    """float64, any padding, spans and positions: the same members in every layer, the same logits (the rotary angles are
+    float32, and their sines differ in the last bit)."""
+    model = build(tiny(backbone), plan)
+    inputs = data.draw(calls(model.config))
+    here, there = model(task=task, routing=rule, **inputs), copy.deepcopy(model).to(DEVICE)(task=task, routing=rule, **moved(inputs))
+    ok = real(inputs)
+    torch.testing.assert_close(there.logits.cpu()[ok], here.logits[ok], rtol=1e-5, atol=1e-5)
+    for a, b in zip(here.routing, there.routing):
+        assert a is b is None or torch.equal(a.selected, b.selected.cpu())
+
+
+@settings(max_examples=40, deadline=None)
+@given(backbone=st.sampled_from(BACKBONES), task=st.sampled_from(("t2i", "mmu")), plan=plans(), data=st.data())
+def test_any_chunks_equal_the_full_forward(backbone, task, plan, data):
+    """Behind a cache, whose ragged rows a GPU decodes side by side: the logits of one causal forward, and token by token
+    where no span forbids it."""
+    model = build(tiny(backbone), plan)
+    inputs = data.draw(calls(model.config, places="default", padding=st.sampled_from(("none", "left", "holes"))))
+    edges = range(1, inputs["ids"].shape[1]) if inputs["spans"] is None else cuts(inputs, data)
+    ok, inputs, model = real(inputs), moved(inputs), model.to(DEVICE)
+    full, (logits, _, _) = model(task=task, routing="causal", **inputs), feed(model, task, inputs, edges)
+    torch.testing.assert_close(logits.cpu()[ok], full.logits.cpu()[ok], rtol=0, atol=1e-9)
+
+
+@both
+@pytest.mark.parametrize("rule", ("topk", "causal"))
+def test_pictures_and_answers_are_those_of_the_cpu(backbone, rule):
+    """float64 and the likeliest id everywhere, with guidance, rows of different lengths."""
+    tokens, model = make(backbone)
+    there = copy.deepcopy(model).to(DEVICE)
+    prompts, images = ["a b", "c", "e d a"], pictures(tokens, 3)
+    one, two = (generate_image(m, tokens, prompts, rule, temperature=0.0, guidance=2.0, steps=4) for m in (model, there))
+    assert torch.equal(one, two.cpu())
+    one, two = (generate_text(m, tokens, images, prompts, rule) for m in (model, there))
+    assert one == two
+
+
+@both
+def test_a_switched_model_is_its_dense_parent_to_the_bit(backbone):
+    """In bf16, through the routed path: keep of just under 1 keeps every token."""
+    dense = build(tiny(backbone), dtype=torch.float32).to(DEVICE)
+    inputs = moved(dict(ids=torch.randint(30, (3, 12), generator=torch.Generator().manual_seed(0))))
+    switched = dense.with_plan(Plan({task: (0.999,) * 3 for task in ("t2i", "mmu")}))
+    with torch.no_grad(), precision(torch.device(DEVICE)):
+        out = switched(**inputs)
+        assert all(routing.selected.all() for routing in out.routing)
+        assert torch.equal(out.logits, dense(**inputs).logits)
+
+
+def test_a_step_does_not_wait_for_the_device(data):  # noqa: F811
+    """After warming up, a whole step with accumulation runs under torch's sync alarm."""
+    config = full.parse(["--data", str(data["emu3"]), *TINY, "--accumulate", "2", "--ema", "0.9"])
+    job = full.make_job(config, Ranks(0, 1, 0), torch.device(DEVICE))
+    run = full.begin(job)
+    for step in range(3):
+        batches = job.loader.batches(step)
+        torch.cuda.set_sync_debug_mode("error" if step == 2 else "default")
+        run.advance(batches, share_out(batches)[0])
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@both
+@pytest.mark.parametrize("optimizer", ("adamw", "muon"))
+def test_a_run_learns_what_it_learns_on_the_cpu(data, tmp_path, backbone, optimizer, monkeypatch):  # noqa: F811
+    """Dense, switch, UniMoD in float32: losses near those of the CPU, stopped and resumed too."""
+    monkeypatch.setattr(full, "precision", lambda device: torch.autocast(device.type, enabled=False))
+    monkeypatch.setattr("unimod_mini.run.precision", full.precision)
+    given = [*TINY, "--steps", "6", "--dense", "0.5", "--optimizer", optimizer, "--save-every", "2"]
+    for device in ("cpu", DEVICE):
+        run(tmp_path / device, data[backbone], *given, "--device", device)
+    for step in (4, 6):                                    # the last checkpoints are gone: it goes on from step 2
+        for file in (tmp_path / DEVICE / "checkpoints" / f"step-{step:08d}").iterdir():
+            file.unlink()
+    run(tmp_path / DEVICE, data[backbone], *given, "--device", DEVICE, "--resume", "auto")
+    names = "loss_t2i", "loss_mmu", "norm"
+    one, two = rows(tmp_path / "cpu", *names), rows(tmp_path / DEVICE, *names)
+    assert len(one) == len(two) == 6
+    for a, b in zip(one, two):
+        assert b == pytest.approx(a, rel=3e-2 if optimizer == "muon" else 1e-3)              # Muon: bf16 on CUDA
