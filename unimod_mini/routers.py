@@ -157,7 +157,7 @@ def best_first(scores: Tensor, order: Tensor) -> Tensor:
 def descending_rank(scores: Tensor, order: Tensor, eligible: Tensor) -> Tensor:
     """(B, T) long: 0 for the best score of the eligible tokens, 1 for the next ..; the others come last."""
     ranked = best_first(scores, order)
-    ranked = ranked.gather(1, eligible.gather(1, ranked).byte().argsort(dim=1, descending=True, stable=True))
+    ranked = ranked.gather(1, partition(eligible.gather(1, ranked)))
     return torch.empty_like(ranked).scatter_(1, ranked, torch.arange(scores.shape[1], device=scores.device)
                                              .expand_as(ranked))
 
@@ -179,13 +179,18 @@ def span_number(spans: Tensor, valid: Tensor) -> Tensor:
     return ((spans != 0) & (spans != previous)).cumsum(1) * (spans != 0)
 
 
+def partition(mask: Tensor) -> Tensor:
+    """mask (B, T) bool -> (B, T) long: the columns that are True, then the others, both ascending."""
+    return mask.byte().argsort(dim=1, descending=True, stable=True)
+
+
 def slots(selected: Tensor, n_slot: int) -> tuple[Tensor, Tensor]:
     """Selected tokens -> (indices (B, K), live (B, K)): a stable partition, selected tokens first, both ascending.
 
     selected = 0 1 0 1, K = 3  ->  indices = 1 3 0, live = 1 1 0
     """
-    indices = selected.byte().argsort(dim=1, descending=True, stable=True)[:, :n_slot]
-    return indices, torch.arange(n_slot, device=selected.device) < selected.sum(1, keepdim=True)
+    live = torch.arange(n_slot, device=selected.device) < selected.sum(1, keepdim=True)
+    return partition(selected)[:, :n_slot], live
 
 
 def select_topk(scores: Tensor, keep: float, valid: Tensor | None = None, order: Tensor | None = None, coming: int = 0):
