@@ -1,11 +1,16 @@
-"""Which gate, and who decides membership? One dense model goes on as UniMoD with each choice, same plan, same data.
+"""Which method, which gate, who decides membership? One dense model goes on with each choice, on the same data.
 
-    python benchmarks/choices.py gate [--backbone emu3] [--steps 400] [--scenes 252] [--dense FILE]
+    python benchmarks/choices.py method [--backbone emu3] [--steps 1000] [--scenes 504] [--seed 0] [--dense FILE]
+    python benchmarks/choices.py gate
     python benchmarks/choices.py membership
 
-For each value of the config field, on fresh data: the losses of both tasks and free-running accuracies, with top-k and
-with causal routing, how often membership agrees with top-k, and its base rate. --dense keeps the dense model in
-this file and takes it, and its steps, from there the next time.
+method: UniMoD, its plan with one router for both tasks, and the methods of the paper's comparison. unimod and mod meet the
+budget of train_toy.py, interleaved and early_exit save what they save, dense nothing. gate, membership: the values of the
+config field, all with UniMoD's plan.
+
+For each choice, on fresh data: the losses of both tasks and free-running accuracies, with top-k and with causal routing,
+how often membership agrees with top-k, and its base rate. --dense keeps the dense model in this file and takes it, and
+its steps, from there the next time.
 """
 
 import argparse
@@ -14,13 +19,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import train_toy as toy  # noqa: E402
-from unimod_mini import (arank_table, calibrate, load_checkpoint, plan_for_budget, predictor_report,  # noqa: E402
-                         save_checkpoint)
+from unimod_mini import (METHODS, Plan, arank_table, calibrate, flops_ratio, load_checkpoint,  # noqa: E402
+                         plan_for_budget, predictor_report, save_checkpoint)
 from unimod_mini.evaluate import evaluate  # noqa: E402
 from unimod_mini.objectives import cross_entropy  # noqa: E402
 from unimod_mini.routers import GATES, MEMBERSHIP_WEIGHT  # noqa: E402
 
-FIELDS = {"gate": GATES, "membership": MEMBERSHIP_WEIGHT}
+FIELDS = {"gate": tuple(GATES), "membership": tuple(MEMBERSHIP_WEIGHT), "method": ("unimod", "one router", *METHODS[1:])}
+NAMES = ("saved", "ce t2i", "ce t2i c.", "ce mmu", "ce mmu c.", "t2i", "t2i c.", "mmu", "mmu c.", "agreement", "base rate")
 
 
 def main() -> None:
@@ -29,12 +35,14 @@ def main() -> None:
     parser.add_argument("--backbone", choices=("showo", "emu3"), default="emu3")
     parser.add_argument("--steps", type=int, default=400, help="of the dense model; half as many for each choice")
     parser.add_argument("--scenes", type=int, default=252)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dense", help="a file for the dense model")
     args = parser.parse_args()
     setting, device = toy.SETTINGS[args.backbone], toy.find_device()
-    toy.seed_everything(0)
+    toy.seed_everything(args.seed)
     world, tokenizer = toy.make_world(toy.parse(["--backbone", args.backbone]))
-    sampler = toy.Sampler(world, tokenizer, 0, setting["t2i"], setting["mmu"])
+    data = lambda part, *sizes: toy.Sampler(world, tokenizer, 10 * args.seed + part, *sizes)
+    sizes = setting["t2i"], setting["mmu"]
     if args.dense and Path(args.dense).exists():
         dense, stored = load_checkpoint(args.dense, device)
         if dense.config != toy.toy_config(args.backbone, tokenizer):
@@ -42,29 +50,35 @@ def main() -> None:
         args.steps = stored["steps"]
     else:
         dense = toy.UnifiedTransformer(toy.toy_config(args.backbone, tokenizer)).to(device)
-        toy.train(dense, sampler, args.steps, 0.0, device, "dense", setting["mmu_weight"])
+        toy.train(dense, data(0, *sizes), args.steps, 0.0, device, "dense", setting["mmu_weight"])
         if args.dense:
             save_checkpoint(args.dense, dense, steps=args.steps)
-    samples = {task: batch.to(device) for task, batch in toy.Sampler(world, tokenizer, 1, 20, 50)().items()}
-    lengths = {task: tokenizer.length(task) for task in samples}
-    plan = plan_for_budget("unimod", arank_table(dense, samples), dense.config, lengths, setting["budget"])
+    samples = {task: batch.to(device) for task, batch in data(1, 20, 50)().items()}
+    lengths, table = {task: tokenizer.length(task) for task in samples}, arank_table(dense, samples)
     drawing = {"temperature": setting["temperature"], "guidance": setting["guidance"], "steps": setting["draw_steps"]}
-    rows = []
+    print(f"{args.backbone}, seed {args.seed}, {args.steps} dense steps, then {args.steps // 2} more of each, {args.scenes} "
+          "scenes a task\nsaved: training FLOPs; ce: cross-entropy; t2i, mmu: accuracies; c.: causal routing, else top-k; "
+          "agreement: of membership with top-k\n" + f"{args.field:<12}" + "".join(f"{name:>12}" for name in NAMES), flush=True)
     for choice in FIELDS[args.field]:
-        model, data = dense.with_plan(plan, **{args.field: choice}), toy.Sampler(world, tokenizer, 2, setting["t2i"],
-                                                                                   setting["mmu"])
-        toy.train(model, data, args.steps // 2, 0.7, device, choice, setting["mmu_weight"])
-        rows.append((choice, *judge(model, data, world, args.scenes, drawing, device)))
-    print(f"\n{args.backbone}, {args.steps} dense steps, then {args.steps // 2} routed ones, {args.scenes} scenes a task")
-    names = ("ce t2i", "ce t2i c.", "ce mmu", "ce mmu c.", "t2i", "t2i c.", "mmu", "mmu c.", "agreement", "base rate")
-    print("ce: cross-entropy; t2i, mmu: accuracies; c.: causal routing, else top-k; agreement: of membership with top-k")
-    print(f"{args.field:<12}" + "".join(f"{name:>12}" for name in names))
-    for choice, *values in rows:
-        print(f"{choice:<12}" + "".join(f"{value:>12.3f}" for value in values))
+        plan, changes = variant(args.field, choice, table, dense.config, lengths, setting["budget"])
+        model, fresh = dense.with_plan(plan, **changes), data(2, *sizes)
+        toy.train(model, fresh, args.steps // 2, 0.7, device, choice, setting["mmu_weight"])
+        values = [1 - flops_ratio(dense.config, plan, lengths, "train"),
+                  *judge(model, fresh, world, args.scenes, args.seed, drawing, device)]
+        print(f"{choice:<12}" + "".join(f"{value:>12.3f}" for value in values), flush=True)
+
+
+def variant(field: str, choice: str, table: dict, config, lengths: dict, budget: float) -> tuple[Plan, dict]:
+    """The plan of this choice, and what it changes in the config."""
+    method = choice if field == "method" and choice != "one router" else "unimod"
+    plan = plan_for_budget(method, table, config, lengths, budget)
+    if field == "method":
+        return (Plan(plan.keep, shared_router=True) if choice == "one router" else plan), {}
+    return plan, {field: choice}
 
 
 @toy.torch.no_grad()
-def judge(model, data, world, scenes: int, drawing: dict, device) -> list:
+def judge(model, data, world, scenes: int, seed: int, drawing: dict, device) -> list:
     """The four losses on fresh data, the four accuracies, agreement with top-k and its base rate."""
     fresh = {task: batch.to(device) for task, batch in data(256, 256).items()}
     seen = {task: batch.to(device) for task, batch in data(128, 128).items()}
@@ -72,7 +86,7 @@ def judge(model, data, world, scenes: int, drawing: dict, device) -> list:
         calibrate(model, seen)
         losses = [cross_entropy(model(**batch.inputs(), task=task, routing=routing).logits, batch.labels).item()
                   for task, batch in fresh.items() for routing in ("topk", "causal")]
-        scores = [evaluate(model, data.tokenizer, world, routing, scenes, 0, drawing, routing)
+        scores = [evaluate(model, data.tokenizer, world, routing, scenes, seed, drawing, routing)
                   for routing in ("topk", "causal")]
         report = predictor_report(model, fresh)
     accuracies = [score[key] for key in ("t2i_accuracy", "mmu_accuracy") for score in scores]

@@ -14,7 +14,7 @@ from helpers import tar_of
 from test_emoji import write_archives
 from benchmarks import emoji as judged
 from unimod_mini import (VQ, ByteText, ModelConfig, Palette, UnifiedTransformer, WordText, chunks, prepare,
-                         save_checkpoint)
+                         save_checkpoint, vq)
 from unimod_mini.data import read_image
 from unimod_mini.emoji import CREDITS
 from unimod_mini.prepare import main, parser
@@ -328,6 +328,29 @@ def test_a_trained_codec_is_stored_and_loaded(tmp_path, kind):
     (photos / f"{held}.png").write_bytes(png(40))
     run(photos, tmp_path / "three", *tiny, "--image", kind, "--vq-steps", 3)
     assert Shards(tmp_path / "three").tokenizer_hash == one.tokenizer_hash
+
+
+def test_the_training_of_a_codec_goes_on(tmp_path, monkeypatch):
+    """Stopped in the middle, the training of a VQ goes on from its last state, which is gone in the end."""
+    photos, tiny = folder_of(tmp_path / "photos"), ["--size", 8, "--codes", 16, "--width", 4, "--workers", 1]
+    monkeypatch.setattr(vq, "SAVE_EVERY", 2)
+    run(photos, tmp_path / "once", *tiny, "--vq-steps", 5)
+    real, steps = VQ.quantize, []
+
+    def stops(self, latents):
+        steps.append(1)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        return real(self, latents)
+
+    monkeypatch.setattr(VQ, "quantize", stops)
+    with pytest.raises(SystemExit, match="stopped"):
+        run(photos, tmp_path / "twice", *tiny, "--vq-steps", 5)
+    assert (tmp_path / "twice" / "work" / "training.pt").exists()
+    run(photos, tmp_path / "twice", *tiny, "--vq-steps", 5)
+    assert len(steps) == 4 + 3                             # two of the five were saved
+    assert files_of(tmp_path / "once") == files_of(tmp_path / "twice")
+    assert not (tmp_path / "twice" / "work" / "training.pt").exists()
 
 
 # ---------------------------------------------------------------- stopped and resumed

@@ -1,11 +1,14 @@
 """unimod_mini.vq: the trainable image tokenizer and its quantizers against slow, obvious twins."""
 import io
+import itertools
 import json
 import math
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unimod_mini import vq as module
@@ -302,6 +305,34 @@ def test_seed_fixes_the_run(quantizer):
 
     assert torch.equal(run(1), run(1))
     assert not torch.equal(run(1), run(2))
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@settings(max_examples=4)
+@given(stop=st.integers(1, 7))
+def test_a_stopped_fit_goes_on_to_the_same_weights(quantizer, stop):
+    """Stopped in any step and begun anew with its file, a training ends with the weights of one that was not stopped."""
+    images = blocks(8, side=8)
+    once = build(quantizer)
+    fit_vq(images, once, steps=7, batch=4, progress=False)
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        patch.setattr(module, "SAVE_EVERY", 2)
+        steps, quantize = itertools.count(1), VQ.quantize
+
+        def stops(vq, latents):
+            if next(steps) == stop:
+                raise KeyboardInterrupt
+            return quantize(vq, latents)
+
+        patch.setattr(VQ, "quantize", stops)
+        state = Path(folder, "training.pt")
+        with pytest.raises(KeyboardInterrupt):
+            fit_vq(images, build(quantizer), steps=7, batch=4, progress=False, state=state)
+        assert state.exists() == (stop > 2)
+        twice = build(quantizer)
+        fit_vq(images, twice, steps=7, batch=4, progress=False, state=state)
+        assert next(steps) == stop + 7 - (stop - 1) // 2 * 2 + 1             # what was saved is not done again
+    assert all(map(torch.equal, once.state_dict().values(), twice.state_dict().values()))
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)

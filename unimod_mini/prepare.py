@@ -100,24 +100,26 @@ def some_pictures(chunks: Chunks, numbers: list, n: int, seed: int) -> tuple[lis
 
 def make_codec(args, chunks: Chunks, train: list):
     """The image tokenizer: stored by an earlier call, loaded from --image, or trained on pictures of `train`."""
-    path = chunks.folder / "codec.pt"
+    path, training = chunks.folder / "codec.pt", chunks.folder / "training.pt"
     if not path.exists():
-        codec = fit_codec(args, chunks, train) if args.image in (*QUANTIZERS, "palette") else load_codec(args.image)
+        codec = (fit_codec(args, chunks, train, training) if args.image in (*QUANTIZERS, "palette")
+                 else load_codec(args.image))
         with whole_file(path, "wb") as file:
             torch.save(Tokenizer("showo", ByteText(), codec, (1, 1), 3).state(), file)
+        training.unlink(missing_ok=True)
     codec = load_codec(path)
     return codec.to(find_device(args.device)) if isinstance(codec, VQ) else codec
 
 
-def fit_codec(args, chunks: Chunks, train: list):
-    """A palette or a VQ of the sizes that the command line names."""
+def fit_codec(args, chunks: Chunks, train: list, training: Path):
+    """A palette, or a VQ of the sizes that the command line names, whose training goes on from `training`."""
     _, images = some_pictures(chunks, train, FIT, args.seed)
     if args.image == "palette":
         print(f"palette: k-means on {len(images)} pictures")
         return Palette.fit(images, args.codes, args.patch, seed=args.seed)
     torch.manual_seed(args.seed)
     vq = VQ(args.codes, args.patch, args.width, quantizer=QUANTIZERS[args.image]).to(find_device(args.device))
-    fit_vq(images, vq, args.vq_steps, args.seed)
+    fit_vq(images, vq, args.vq_steps, args.seed, state=training)
     return vq
 
 

@@ -210,8 +210,7 @@ def select_topk(scores: Tensor, keep: float, valid: Tensor | None = None, order:
     ranked = best_first(scores, order)
     best = (torch.arange(length, device=scores.device) < k).expand(batch, length)
     selected = torch.empty_like(best).scatter_(1, ranked, best)
-    indices, live = slots(selected, n_slot)
-    return indices, None if valid is None else live, selected
+    return partition(selected)[:, :n_slot], None if valid is None else best[:, :n_slot], selected
 
 
 # --------------------------------------------------------------------------------------------------------------

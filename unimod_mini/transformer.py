@@ -37,7 +37,7 @@ class ModelConfig:
     rope_fraction: float = 1.0     # share of each head that is rotated
     qk_norm: bool = False          # LayerNorm over each head of queries and keys, before the rotary
     attention_dropout: float = 0.0
-    image_positions: int = 0       # > 0: a learned position for each of that many image tokens (toy sizes only)
+    image_positions: int = 0       # > 0: a learned position for each of that many image tokens; 0 in the true sizes
     gate: str = "tanh"             # routers.GATES
     membership: str = "predictor"  # who decides causally: a "predictor" beside the router, or the "router" itself
     predictor_width: int = 0       # hidden width of the predictor, 0: d_model / 4

@@ -11,6 +11,7 @@ Dimensions: B images, H x W pixels, p patch, h = H / p, w = W / p, D latent widt
 N = B h w latents. Symbols: z a latent, e_c code c, q the code chosen for z, sg stop-gradient.
 """
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -19,8 +20,11 @@ from torch import Tensor, nn
 from torch.special import entr
 from tqdm import tqdm
 
+from .files import whole_file
+
 COMMITMENT, ENTROPY, PEAK_RATE = 0.25, 0.1, 6e-3  # two loss weights (L1 has 1), learning rate
 FADE, DEAD = 0.1, 0.03  # rate of the running share of a code; below DEAD / C the code restarts
+SAVE_EVERY = 200  # steps between two states of a training that can be stopped
 
 
 class Quantized(NamedTuple):
@@ -34,7 +38,7 @@ class VQReport(NamedTuple):
     psnr: float  # peak signal-to-noise ratio in dB, inf when every pixel is right
     usage: float  # share of the C codes that occur at least once
     perplexity: float  # exp(entropy of the codes): how many are in use in effect, 1..C
-    seconds: float  # wall-clock time of the training loop
+    seconds: float  # wall-clock time of the training loop, of this call alone
 
 
 def require(ok: bool, message: str) -> None:
@@ -136,15 +140,18 @@ class VQ(nn.Module):
         self.use.lerp_(torch.bincount(codes, minlength=self.n_codes) / len(codes), FADE)
 
 
-def fit_vq(images: Tensor, vq: VQ, steps: int, seed=0, batch=32, progress=True) -> VQReport:
+def fit_vq(images: Tensor, vq: VQ, steps: int, seed=0, batch=32, progress=True, state=None) -> VQReport:
     """Train vq in place on uint8 images (B, H, W, 3) and report on those same images. seed fixes
     batches and restarts; the first weights are those of vq, the global generator is left alone.
+    state: a file that the training is written to every SAVE_EVERY steps; if it is there, training
+    goes on from it, with the same arguments to the same weights.
     Raises ValueError for images that do not fit, steps < 1 or batch < 1."""
     vq.pixels(images[:1] if images.ndim == 4 else images)  # fail before the training, not in it
     require(min(steps, batch) > 0, f"steps {steps}, batch {batch}: expected 1 or more of each")
     generator, start = torch.Generator().manual_seed(seed), time.perf_counter()
     optimizer = torch.optim.Adam(vq.parameters(), betas=(0.9, 0.95))
-    for step in (bar := tqdm(range(steps), desc="fit vq", disable=not progress)):
+    done = load_training(state, vq, optimizer, generator) if state and Path(state).exists() else 0
+    for step in (bar := tqdm(range(done, steps), "fit vq", steps, initial=done, disable=not progress)):
         # the rate climbs for a tenth of the steps, then falls to zero
         optimizer.param_groups[0]["lr"] = PEAK_RATE * min(10 * (step + 1) / steps, 1 - step / steps)
         pixels = vq.pixels(images[torch.randint(len(images), (batch,), generator=generator)])
@@ -157,7 +164,24 @@ def fit_vq(images: Tensor, vq: VQ, steps: int, seed=0, batch=32, progress=True) 
         if vq.quantizer == "nearest":
             vq.restart(latents, chosen.codes, generator)
         bar.set_postfix(loss=f"{loss.item():.3f}")
+        if state and (step + 1) % SAVE_EVERY == 0:
+            save_training(state, step + 1, vq, optimizer, generator)
     return measure(images, vq, time.perf_counter() - start)
+
+
+def save_training(path, done: int, vq: VQ, optimizer, generator: torch.Generator) -> None:
+    with whole_file(path, "wb") as file:
+        torch.save({"done": done, "vq": vq.state_dict(), "optimizer": optimizer.state_dict(),
+                    "generator": generator.get_state()}, file)
+
+
+def load_training(path, vq: VQ, optimizer, generator: torch.Generator) -> int:
+    """Fills all three with what save_training wrote; returns the steps done."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    vq.load_state_dict(state["vq"])
+    optimizer.load_state_dict(state["optimizer"])
+    generator.set_state(state["generator"])
+    return state["done"]
 
 
 def measure(images: Tensor, vq: VQ, seconds: float = 0.0) -> VQReport:
