@@ -12,6 +12,7 @@ the loop. The step itself is in unimod_mini/run.py.
 
 import math
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -49,7 +50,9 @@ RANGES = {**dict.fromkeys(("steps", "accumulate", "warmup", "log_every", "eval_e
           **dict.fromkeys(("lr", "muon_lr", "clip", "timeout"), (1e-12, 1e12)), "budget": (0.01, 1), "dense": (0, 1),
           "drop": (0, 1), "ema": (0, 0.99999), **dict.fromkeys((*TASKS, "weight_decay"), (0, math.inf))}
 FREE = {"out", "data", "resume", "steps", "parallel", "accumulate", "compile", "activation_checkpointing", "device",
-        "timeout", "log_every", "eval_every", "eval_samples", "sample_every", "save_every", "keep"}    # may change
+        "timeout", "log_every", "eval_every", "eval_samples", "sample_every", "save_every", "keep",
+        "lr", "muon_lr", "weight_decay", "warmup", "decay", "clip"}          # what a run that goes on may change ..
+UNTIL_SWITCH = {"dense", "method", "budget"}               # .. and what else, before the layer switch
 SWITCH = {"t2i": 20, "mmu": 50, "lm": 20}                  # samples that ARank is measured on (the paper's numbers)
 DRAWING = {"temperature": 1.0, "guidance": 1.0, "steps": 16}
 SHOWN, CALIBRATION, PATIENCE = 4, 32, 5                    # samples on a sheet; for thresholds; skipped steps in a row
@@ -60,13 +63,13 @@ class Config:
     data: str = ""                 # the folder that python -m unimod_mini.prepare wrote
     out: str = "out/full"          # where everything is written: model.pt, checkpoints/, samples/, metrics.jsonl ..
     preset: str = "laptop"         # sizes, with their settings: tiny, laptop, base, or a name of ModelConfig.preset
-    init: str = ""                 # begin with the weights of this model.pt or checkpoint.pt of train_toy.py
+    init: str = ""                 # begin with these weights: model.pt, train_toy.py's checkpoint.pt, or checkpoints/step-..
     plan: str = ""                 # UniMoD with this plan from the first step; "": dense, then the layer switch
     resume: str = "no"             # or auto: go on from the newest whole checkpoint of --out, if there is any
     steps: int = 2000              # of both stages together
     dense: float = 0.67            # share of the steps before the layer switch; 1: dense to the end
     method: str = "unimod"         # the plan that the layer switch makes (layer_switch.METHODS)
-    budget: float = 0.6            # its training FLOPs over those of dense
+    budget: float = 0.6            # its training FLOPs over those of dense, of a step's samples
     t2i: int = 8                   # samples of each task in a step, over all processes and accumulation steps
     mmu: int = 8
     lm: int = 0
@@ -76,7 +79,7 @@ class Config:
     optimizer: str = "adamw"       # or muon (on the matrices of the blocks; not with fsdp)
     lr: float = 1e-3               # peak rate of AdamW
     muon_lr: float = 0.02          # peak rate of Muon
-    weight_decay: float = 0.1      # of AdamW's matrices
+    weight_decay: float = 0.1      # of AdamW's matrices (Muon's: 0.01)
     warmup: int = 100              # steps up to the peak rate, again after the layer switch
     decay: str = "cosine"          # or linear: the last stage's way from the peak to 0
     clip: float = 1.0              # largest norm of the gradient
@@ -151,6 +154,11 @@ class Job(NamedTuple):
     out: Path
     about: dict                    # what a checkpoint belongs to
 
+    @property
+    def loads(self) -> bool:
+        """Does this rank need whole weights when a stage begins? FSDP takes those of the first."""
+        return self.ranks.first or self.config.parallel == "ddp"
+
     def say(self, *lines) -> None:
         if self.ranks.first:
             print(*lines, sep="\n", flush=True)
@@ -173,13 +181,18 @@ def make_job(config: Config, ranks: Ranks, device: torch.device) -> Job:
 
 
 def held_out(config: Config, shards: Shards, counts: dict, ranks: Ranks) -> list:
-    """[{task: Batch}], this rank's part of samples of the held-out split, in pieces of a micro-batch's size."""
+    """[{task: Batch}], this rank's part of --eval-samples of the held-out split, in pieces of a micro-batch's size.
+
+    As many as fill whole steps; where there are fewer than one step takes, as many as the ranks can share.
+    """
     held = []
     for task, n in counts.items():
-        piece, there = n // config.accumulate, min(config.eval_samples, shards.count(task, "held"))
+        there = min(config.eval_samples, shards.count(task, "held"))
+        few = max(1, there // ranks.world) * ranks.world
+        piece, pieces = (n // config.accumulate, there // n * config.accumulate) if there >= n else (few, 1)
         if there:
             loader = Loader(shards, {task: piece}, 0, ranks.rank, ranks.world, drop=0.0, split="held")
-            held += [loader.batches(number)[0] for number in range(max(1, there // piece))]
+            held += [loader.batches(number)[0] for number in range(pieces)]
     return held
 
 
@@ -196,10 +209,16 @@ def begin(job: Job) -> Run:
     plan = Plan(**facts["plan"]) if path else given
     if missing := [task for task in job.counts if plan and task not in plan.tasks]:
         raise ValueError(f"--plan {config.plan} has no row for {', '.join(missing)}: add it, or set --{missing[0]} 0")
+    if plan is None and config.dense < 1 and config.method == "unimod":
+        nothing = Plan(dict.fromkeys(job.lengths, (0.0,) * sizes.n_layer))
+        if (least := flops_ratio(sizes, nothing, job.lengths, "train", job.counts)) > config.budget:
+            raise ValueError(f"--budget {config.budget} is out of reach: the head alone costs {least:.2f} of dense with "
+                             f"{sizes.vocab_size} ids; a higher budget, a deeper preset, or a smaller vocabulary")
     torch.manual_seed(config.seed)                         # the same weights on every rank
-    model = UnifiedTransformer(sizes, plan)
-    if config.init and not path:
-        model = load_weights(config.init, sizes, model.plan)
+    with torch.device("cpu" if job.loads else "meta"):
+        model = UnifiedTransformer(sizes, plan)
+    if config.init and not path and job.loads:
+        model = initial(config.init, sizes, model.plan)
     torch.manual_seed(config.seed * 1_000_003 + job.ranks.rank)              # but its own dropout
     place = (facts["stage"], facts["step"], facts["since"]) if path else ("unimod" if plan else "dense",)
     run = Run(model, config, job.device, job.lengths, *place)
@@ -207,6 +226,21 @@ def begin(job: Job) -> Run:
         checkpoints.load(path, run.tensors(), job.ranks)
         job.say(f"going on from {path}, {run.step} of {config.steps} steps done, stage {run.stage}")
     return run
+
+
+def initial(path: str, sizes: ModelConfig, plan: Plan) -> UnifiedTransformer:
+    """The weights of --init, a file or the folder of a checkpoint, with fresh routers. ValueError when they do not fit."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return load_weights(path, sizes, plan)
+    if wrong := checkpoints.broken(folder):
+        raise ValueError(f"--init {path} is no whole checkpoint: {wrong}")
+    before = Plan(**checkpoints.facts(folder)["plan"])
+    if before.n_layer != sizes.n_layer:
+        raise ValueError(f"--init {path} has {before.n_layer} layers, the preset {sizes.n_layer}")
+    model = UnifiedTransformer(sizes, before)
+    checkpoints.read(folder, {f"model.{name}": tensor for name, tensor in model.state_dict().items()}, alone=True)
+    return model.with_plan(plan)
 
 
 def find_start(job: Job, given: Plan | None) -> tuple:
@@ -220,7 +254,9 @@ def find_start(job: Job, given: Plan | None) -> tuple:
     if path is None:
         return None, None
     facts = checkpoints.facts(path)
-    checkpoints.refuse_another(path, facts, job.about, FREE)
+    free = FREE | (UNTIL_SWITCH if facts["stage"] == "dense" else set())
+    changed = checkpoints.refuse_another(path, facts, job.about, free)
+    job.say(*(f"changed since {path.name}: {text}" for text in changed))
     if given is not None and given != Plan(**facts["plan"]):
         raise ValueError(f"{path} belongs to a run with another plan than {job.config.plan} has now")
     return path, facts
@@ -239,19 +275,19 @@ def save(run: Run, job: Job, held: float | None) -> None:
 # Dense -> layer switch -> UniMoD
 # --------------------------------------------------------------------------------------------------------------
 
-def switch(run: Run, job: Job) -> Run:
+def switch(run: Run, job: Job) -> None:
     """ARank of the dense model on the first rank, the plan on every rank: the same weights with fresh routers.
 
     Optimisers and average begin anew, so the rate climbs again over --warmup steps.
     """
-    model = run.bare(average=False)
+    model, sizes = run.bare(average=False, here=job.loads), run.model.config
     plan = Plan(*from_first(partial(measure, model, job, run.step)))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(job.config.seed + 1)             # the same routers on every rank
-        model = model.to("cpu").with_plan(plan)
-    new = Run(model, job.config, job.device, job.lengths, "unimod", run.step, since=run.step)
-    new.skipped = run.skipped
-    return new
+    with torch.random.fork_rng(devices=[]), torch.device("cpu" if job.loads else "meta"):
+        torch.default_generator.manual_seed(job.config.seed + 1)             # the same routers on every rank
+        model = model.to("cpu").with_plan(plan) if job.loads else UnifiedTransformer(sizes, plan)
+    run.enter("unimod", model, since=run.step)
+    if job.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(job.device)     # from here on, that of UniMoD
 
 
 def measure(model: UnifiedTransformer, job: Job, step: int) -> tuple:
@@ -263,7 +299,7 @@ def measure(model: UnifiedTransformer, job: Job, step: int) -> tuple:
     print("layer  " + "".join(f"{task:>8}" for task in table))
     for layer, row in enumerate(zip(*table.values())):
         print(f"{layer:>5}  " + "".join(f"{rank:>8.3f}" for rank in row))
-    plan = plan_for_budget(job.config.method, table, config, job.lengths, job.config.budget)
+    plan = plan_for_budget(job.config.method, table, config, job.lengths, job.config.budget, job.counts)
     plan.save(job.out / "plan.json")
     saved = 1 - flops_ratio(config, plan, job.lengths, "train", job.counts)
     print(f"plan ({job.config.method}), {saved:.1%} of a step's training FLOPs saved, full n x n attention\n{plan}",
@@ -290,8 +326,8 @@ def report(run: Run, job: Job, journal: Journal | None, losses, norm, clock: Clo
 
 def finished_model(run: Run, job: Job) -> UnifiedTransformer | None:
     """The (averaged) model with thresholds for causal routing on the first rank, None on the others; all call it."""
-    model = run.bare(average=True)
-    if not job.ranks.first:
+    model = run.bare(average=True, here=job.ranks.first)
+    if model is None:
         return None
     model.to(job.device)
     with precision(job.device):
@@ -310,22 +346,28 @@ def draw(model: UnifiedTransformer, job: Job, step: int) -> None:
                       job.out / "samples" / f"step-{step:08d}.png"), flush=True)
 
 
-def due(run: Run, job: Job, journal: Journal | None) -> dict:
+def due(run: Run, job: Job, journal: Journal | None, clock: Clock) -> dict:
     """Evaluation, samples and checkpoint, where this step is one for them; returns the losses of an evaluation."""
-    config, last, held = job.config, run.step == job.config.steps, {}
-    keep = last or run.step % config.save_every == 0
-    if (keep or run.step % config.eval_every == 0) and job.held[0]:
-        held = run.evaluate(*job.held)
-        held["all"] = sum(TASK_WEIGHTS[task] * loss for task, loss in held.items())
-        if job.ranks.first:
-            journal.write({"step": run.step, **{f"held_{name}": loss for name, loss in held.items()}})
-            print("held out  " + "  ".join(f"{name} {loss:.4f}" for name, loss in held.items()), flush=True)
-    if run.step % config.sample_every == 0 and not last:
-        model = finished_model(run, job)
-        if model is not None:
+    config, last = job.config, run.step == job.config.steps
+    keeps = last or run.step % config.save_every == 0
+    judges = (keeps or run.step % config.eval_every == 0) and job.held[0]
+    draws = run.step % config.sample_every == 0 and not last
+    with clock.paused() if keeps or judges or draws else nullcontext():
+        held = evaluate(run, job, journal) if judges else {}
+        if draws and (model := finished_model(run, job)) is not None:
             draw(model, job, run.step)
-    if keep:
-        save(run, job, held.get("all"))
+        if keeps:
+            save(run, job, held.get("all"))
+    return held
+
+
+def evaluate(run: Run, job: Job, journal: Journal | None) -> dict:
+    """{task: loss on the held-out split, "all": their weighted sum}; all ranks call it, the first shows it."""
+    held = run.evaluate(*job.held)
+    held["all"] = sum(TASK_WEIGHTS[task] * loss for task, loss in held.items())
+    if job.ranks.first:
+        journal.write({"step": run.step, **{f"held_{name}": loss for name, loss in held.items()}})
+        print("held out  " + "  ".join(f"{name} {loss:.4f}" for name, loss in held.items()), flush=True)
     return held
 
 
@@ -337,27 +379,26 @@ class Diverged(RuntimeError):
     """Too many steps in a row were skipped."""
 
 
-def train(run: Run, job: Job, journal: Journal | None, asked: list) -> tuple[Run, dict]:
-    """Steps, and what is due after each, until the last one or a SIGTERM. Returns the run and the last evaluation."""
-    config, clock, held = job.config, Clock(run.step), {}
+def train(run: Run, job: Job, journal: Journal | None, asked: list) -> dict:
+    """Steps, and what is due after each, until the last one or a SIGTERM. Returns the last evaluation."""
+    config, clock, held = job.config, Clock(run.step, job.device), {}
     while run.step < config.steps:
         end = config.steps
         if run.stage == "dense" and config.dense < 1:
-            end = round(config.dense * config.steps)
+            end = min(round(config.dense * config.steps), config.steps - 1)
             if run.step >= end:
-                with clock.paused():
-                    run = switch(run, job)
+                switch(run, job)
+                clock.lap(run.step)                        # no lap holds steps of both stages
                 continue
         for _, batches in job.loader.read_ahead(run.step, end):
             parts, stop = share_out(batches, bool(asked))
             if stop:
-                return run, {}
+                return {}
             losses, norm = run.advance(batches, parts)
             if run.step % config.log_every == 0 or run.step in (1, config.steps):
                 report(run, job, journal, losses, norm, clock)
-            with clock.paused():
-                held = due(run, job, journal)
-    return run, held
+            held = due(run, job, journal, clock)
+    return held
 
 
 def introduce(run: Run, job: Job) -> None:
@@ -381,16 +422,16 @@ def main(argv=None) -> dict:
         if ranks.first:
             introduce(run, job)
         journal = Journal(job.out, run.step) if ranks.first else None
-        run, held = train(run, job, journal, asked)
+        held = train(run, job, journal, asked)
         if run.step < config.steps:
             save(run, job, None)
             job.say(f"stopped by SIGTERM after {run.step} steps and saved: --resume auto goes on")
         else:
             model = finished_model(run, job)
             if model is not None:
-                draw(model, job, run.step)
                 save_checkpoint(job.out / "model.pt", model, tokenizer=job.shards.tokenizer.state(), drawing=DRAWING)
                 print(f"{job.out}/model.pt written", flush=True)
+                draw(model, job, run.step)
         if journal is not None:
             journal.close()
         return {"step": run.step, "stage": run.stage, "held": held, "skipped": int(run.skipped[1])}

@@ -147,8 +147,8 @@ def measure(pair: dict, length: int, batch: int, device) -> dict:
     for name, model in pair.items():                       # a warm-up, and the row counts that really occur
         calls[name] = products(model, decode(model, caches[name], new), keys, values)
         out[f"{name}_bytes"], out[f"{name}_used"] = caches[name].nbytes(), caches[name].nbytes(used=True)
-    for _ in range(TURNS):
-        for name, model in pair.items():
+    for turn in range(TURNS):
+        for name, model in list(pair.items())[::-1 if turn % 2 else 1]:      # now one and now the other first
             caches[name].rewind(marks[name])
             clock = Clock(device)
             decode(model, caches[name], new, clock)

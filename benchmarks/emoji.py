@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from unimod_mini import generate_image, load_checkpoint  # noqa: E402
+from unimod_mini import Tokenizer, generate_image, load_checkpoint  # noqa: E402
 from unimod_mini.chunks import Chunks  # noqa: E402
 from unimod_mini.evaluate import ask_and_judge, by_category, share  # noqa: E402
 from unimod_mini.files import whole_file  # noqa: E402
 from unimod_mini.shapes import Question, commonest_answers  # noqa: E402
-from unimod_mini.shards import Shards  # noqa: E402
+from unimod_mini.shards import Shards, tokenizer_hash  # noqa: E402
 from unimod_mini.show import save_png  # noqa: E402
 from unimod_mini.trainer import find_device, precision  # noqa: E402
 
@@ -210,7 +210,9 @@ def main() -> None:
     results["answered"]["blind"] = by_kind([(q.category, blind.get(q.text) == q.answer) for q in asked])
     for spec in args.models:
         name, _, path = spec.partition("=")
-        model, _ = load_checkpoint(path, device)
+        model, stored = load_checkpoint(path, device)
+        if tokenizer_hash(Tokenizer.from_state(stored["tokenizer"])) != shards.tokenizer_hash:
+            parser.error(f"{path} was trained with another tokenizer than {data} has")
         with precision(device):
             for split, pictures in prompts.items():
                 rows[split].append(draw(model, tokenizer, [p.caption for p in pictures], drawing, f"{name} {split}"))

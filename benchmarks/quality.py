@@ -38,6 +38,8 @@ def compare(path: str, scenes: int, seed: int, device) -> dict:
     """{"t2i": .., "mmu": .., "t2i held out": .., "mmu held out": ..} of one checkpoint."""
     model, stored = load_checkpoint(path, device)
     tokenizer, world, out = Tokenizer.from_state(stored["tokenizer"]), World(), {}
+    if not set(world.words) <= set(tokenizer.text.words):
+        sys.exit(f"error: {path} does not know the words of the toy world: it was trained on other pictures")
     for held_out in (False, True):
         rng = Random(f"quality {seed}")
         prompts, _ = world.sample_t2i(scenes, rng, held_out)

@@ -162,6 +162,27 @@ def test_rewind_forgets(backbone, plan, data, seed):
     torch.testing.assert_close(again, plain[:, cut:], **near)
 
 
+def test_where_a_span_ended_is_known_row_by_row():
+    """A row that is padding throughout a chunk stands where it stood, whatever span lies under its padding; rewind brings back
+    where the rows stood."""
+    model = build(tiny("showo"), one_plan(1, .5, 1))
+    ids, spans = torch.randint(30, (2, 3)), torch.ones(2, 3, dtype=torch.long)
+    valid = torch.tensor([[True] * 3, [False] * 3])
+    with torch.no_grad():
+        cache = Cache(model, "mmu", 2, 12)
+        model(ids, task="mmu", routing="causal", cache=cache, spans=spans, valid=valid)      # row 0 ends in span 1
+        mark = cache.mark()
+        model(ids, task="mmu", routing="causal", cache=cache, spans=2 * spans - valid.long(), valid=~valid)  # row 1 in 2
+        with pytest.raises(ValueError, match="a chunk cuts a bidirectional span"):
+            model(ids, task="mmu", routing="causal", cache=cache, spans=spans, valid=valid)  # row 0 goes on with 1
+        cache.rewind(mark)
+        model(ids, task="mmu", routing="causal", cache=cache, spans=2 * spans - valid.long(), valid=~valid)
+        cache.rewind(mark)
+        with pytest.raises(ValueError, match="a chunk cuts a bidirectional span"):
+            model(ids, task="mmu", routing="causal", cache=cache, spans=spans, valid=valid)
+        model(ids, task="mmu", routing="causal", cache=cache, spans=spans, valid=~valid)     # row 1 begins: allowed
+
+
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_rows_that_finish_early(backbone):
     """A row whose later tokens are padding stores nothing more, and the others go on undisturbed."""

@@ -110,9 +110,10 @@ def test_palette_transparency_becomes_white(tmp_path, Image):
 @pytest.mark.parametrize("mode, fill, suffix, expected", [
     ("1", 1, "png", WHITE), ("L", 90, "png", (90, 90, 90)), ("RGB", BLUE, "bmp", BLUE),
     ("P", 0, "gif", (0, 0, 0)), ("CMYK", (0, 0, 0, 0), "tif", WHITE)])
-def test_opaque_modes(tmp_path, Image, mode, fill, suffix, expected):
+def test_opaque_modes(tmp_path, Image, monkeypatch, mode, fill, suffix, expected):
     """Grey, palette, CMYK and black-and-white pictures become the same colours in RGB."""
     Image.new(mode, (4, 4), fill).save(tmp_path / f"a.{suffix}")
+    monkeypatch.setattr(Image, "alpha_composite", None)    # a copy that only transparent pictures need
     image = data.read_image(tmp_path / f"a.{suffix}", 4)
     assert image.shape == (4, 4, 3) and pixel(image, 3, 3) == expected
 
@@ -177,6 +178,20 @@ def test_photographs_stand_upright(tmp_path, Image):
     assert image[:3].max() < 20 and image[5:].min() > 235
 
 
+@pytest.mark.parametrize("size, decoded", [((1024, 768), (128, 96)), ((1022, 768), (511, 384)), ((1023, 768), None)])
+def test_large_photographs_are_decoded_small(tmp_path, Image, monkeypatch, size, decoded):
+    """A JPEG is decoded at 1/8, 1/4 or 1/2 where that divides its sides, within 1 of 255 of the picture in full."""
+    from PIL import ImageOps
+    seen, real = [], ImageOps.exif_transpose
+    shapes = Image.linear_gradient("L").resize(size).convert("RGB")
+    shapes.paste((200, 30, 90), (size[0] // 3, 100, size[0] // 2, 500))
+    shapes.save(tmp_path / "a.jpg", quality=90)
+    Image.open(tmp_path / "a.jpg").save(tmp_path / "a.png")
+    monkeypatch.setattr(ImageOps, "exif_transpose", lambda file, **how: seen.append(file.size) or real(file, **how))
+    small, full = (data.read_image(tmp_path / name, 16).int() for name in ("a.jpg", "a.png"))
+    assert seen == [decoded or size, size] and (small - full).abs().max() <= (1 if decoded else 0)
+
+
 def test_missing_pillow_says_what_to_install(tmp_path, monkeypatch):
     """Without Pillow the module imports, and reading a picture names the pip line."""
     monkeypatch.setitem(sys.modules, "PIL", None)  # makes `from PIL import ...` an ImportError
@@ -232,13 +247,14 @@ def test_bad_lines_name_file_and_line(tmp_path, bad, message):
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["gone.png", "."])
+@pytest.mark.parametrize("name", ["gone.png", ".", "x" * 300, "y/" * 2500])
 def test_missing_picture_names_file_and_line(tmp_path, name):
-    """A picture that is not there, or not a file, is a FileNotFoundError with its path and line."""
+    """A picture that is not there, not a file, or cannot be a file, is a FileNotFoundError with its path and line."""
     folder = write_folder(tmp_path, [{"file_name": name, "text": "a"}])
     with pytest.raises(FileNotFoundError) as error:
         data.read_metadata(folder)
-    assert str(folder / name) in str(error.value) and "line 1" in str(error.value)
+    assert str(folder / name[:100]) in str(error.value) and "line 1" in str(error.value)
+    assert len(str(error.value)) < 200 + 2 * len(str(folder))
 
 
 @pytest.mark.parametrize("damage", ["text", "empty", "truncated"])

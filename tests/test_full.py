@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import fields
 from pathlib import Path
 
@@ -18,8 +19,8 @@ from hypothesis import strategies as st
 import train_full as full
 from helpers import build, plans, tiny
 from launch import changed, finish, start
-from unimod_mini import (Palette, Plan, Tokenizer, UnifiedTransformer, WordText, checkpoints, generate_image, load_checkpoint,
-                         save_checkpoint)
+from unimod_mini import (Palette, Plan, Tokenizer, UnifiedTransformer, WordText, checkpoints, count_flops, flops_ratio,
+                         generate_image, journal, load_checkpoint, save_checkpoint)
 from unimod_mini.distributed import Ranks, freeze_unused
 from unimod_mini.journal import Journal, cut_back
 from unimod_mini.objectives import IGNORE, TASK_WEIGHTS, Objective, task_losses
@@ -126,11 +127,11 @@ def test_losses_of_micro_batches_add_up_to_those_of_the_step(seed, pieces, backb
     """However labels and padding are spread over micro-batches: losses and gradients are those of one batch."""
     config = tiny(backbone)
     generator = torch.Generator().manual_seed(seed)
-    model = build(config, Plan({"t2i": (1, .5, 1), "mmu": (.4, 1, 1)}), seed)
+    model = build(config, Plan({"t2i": (1, .5, 1), "mmu": (.4, 1, 1), "lm": (1, 1, .5)}), seed)
     objective, micros = Objective(model), []
     for _ in range(pieces):
         micro = {}
-        for task in ("t2i", "mmu"):
+        for task in ("t2i", "mmu", "lm"):
             ids = torch.randint(20, (2, 6), generator=generator)
             valid = torch.arange(6) < torch.randint(1, 7, (2, 1), generator=generator)
             hidden = torch.rand(2, 6, generator=generator) < 0.5
@@ -243,8 +244,10 @@ def test_a_rank_that_fails_ends_the_job(data, tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="children are found in /proc")
-def test_torchrun_and_a_sigterm(data, tmp_path):
-    """torchrun train_full.py: a SIGTERM of one of its two processes saves a checkpoint and everything exits with 0."""
+@pytest.mark.parametrize("target, code", (("process", 0), ("launcher", 1)))
+def test_torchrun_and_a_sigterm(data, tmp_path, target, code):
+    """torchrun train_full.py: a SIGTERM of one of its two processes, or of torchrun itself, saves a checkpoint. The processes
+    end with 0; torchrun says 1 of a signal that it got itself."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train_full.py", "--data",
                str(data["showo"]), "--out", str(tmp_path), *TINY, "--steps", "100000", "--dense", "1"]
     process = subprocess.Popen(command, cwd=Path(full.__file__).parent, env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -254,8 +257,8 @@ def test_torchrun_and_a_sigterm(data, tmp_path):
         shown.append(text)
         if text.startswith("step 2/"):
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            os.kill(int(children[-1]), signal.SIGTERM)
-    assert process.wait(60) == 0, "".join(shown)
+            os.kill(process.pid if target == "launcher" else int(children[-1]), signal.SIGTERM)
+    assert process.wait(60) == code, "".join(shown)
     stopped = next(text for text in shown if text.startswith("stopped by SIGTERM after"))
     assert checkpoints.broken(tmp_path / "checkpoints" / f"step-{int(stopped.split()[4]):08d}") is None
 
@@ -292,6 +295,46 @@ def test_the_last_checkpoints_and_the_best_are_kept(tmp_path):
     checkpoints.prune(tmp_path, 2)
     assert checkpoints.newest(tmp_path).name == "step-00000005"
     assert sorted(path.name[-1] for path in tmp_path.iterdir()) == ["1", "4", "5"]
+
+
+def test_without_a_whole_checkpoint_nothing_is_overwritten(data, whole, tmp_path):
+    """When every checkpoint is damaged, as no kill leaves them, --resume auto stops and the metrics stay."""
+    shutil.copytree(whole, tmp_path / "out")
+    for path in (tmp_path / "out" / "checkpoints").iterdir():
+        damage(path, "run.json")
+    metrics = (tmp_path / "out" / "metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match="no checkpoint in .* is whole: bring one back, or delete them all"):
+        run(tmp_path / "out", data["showo"], *STOP, "--resume", "auto")
+    assert (tmp_path / "out" / "metrics.jsonl").read_text() == metrics and (tmp_path / "out" / "model.pt").exists()
+
+
+def test_a_checkpoint_that_does_not_fit_and_a_full_disk(whole, tmp_path, monkeypatch):
+    """A tensor that the checkpoint lacks, and a writer that fails: one line with the folder, no traceback of ranks."""
+    path = whole / "checkpoints" / "step-00000006"
+    with pytest.raises(ValueError, match=r"step-00000006 does not fit this run: .*other") as error:
+        checkpoints.read(path, {"other": torch.zeros(2)})
+    assert "\n" not in str(error.value)
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr("torch.distributed.checkpoint.filesystem.FileSystemWriter.write_data", full_disk)
+    with pytest.raises(OSError, match=r"step-00000001.tmp: .*No space left on device"):
+        checkpoints.save(tmp_path, 1, {"x": torch.zeros(2)}, {}, Ranks(0, 1, 0))
+    assert not list(tmp_path.glob("step-????????"))
+
+
+def test_the_dense_stage_leaves_memory_at_the_switch(data, tmp_path, monkeypatch):
+    """While UniMoD trains, the dense model, its optimiser and its average are gone."""
+    real, old, alive = full.switch, [], []
+
+    def switch(run, job):
+        old.extend(map(weakref.ref, (run.model, run.optimizers[0], *run.average.values())))
+        real(run, job)
+        alive.append([ref() is not None for ref in old])
+
+    monkeypatch.setattr(full, "switch", switch)
+    run(tmp_path, data["emu3"], *SHORT, "--ema", "0.9", "--activation-checkpointing")
+    assert len(old) > 9 and not any(alive[0])
 
 
 def test_the_last_model_is_a_model(data, tmp_path):
@@ -356,6 +399,27 @@ def test_init_takes_the_weights_and_nothing_else(data, tmp_path, backbone):
             assert "score" not in name or not weight.any()
         else:
             assert torch.equal(weight, old.state_dict()[name])
+
+
+def test_init_takes_a_folder_of_checkpoints_too(data, whole, tmp_path):
+    """--init checkpoints/step-..: the weights of that step under a new plan; a damaged one and another size are refused."""
+    folder = tmp_path / "step-00000006"
+    shutil.copytree(whole / "checkpoints" / folder.name, folder)
+    plan = Plan({"t2i": (.5, 1), "mmu": (1, .5)})
+    plan.save(tmp_path / "plan.json")
+    given = ["--data", str(data["showo"]), "--out", str(tmp_path / "out"), *TINY, "--plan", str(tmp_path / "plan.json"), "--init",
+             str(folder)]
+    with changed():
+        new = full.begin(full.make_job(full.parse(given), Ranks(0, 1, 0), torch.device("cpu"))).model
+        stored = {f"model.{name}": torch.empty_like(weight) for name, weight in new.state_dict().items() if "routers" not in name}
+        checkpoints.read(folder, stored)
+        assert new.plan == plan and all(torch.equal(new.state_dict()[name[6:]], weight) for name, weight in stored.items())
+        with pytest.raises(ValueError, match="step-00000006 has 2 layers, the preset 8"):
+            full.begin(full.make_job(full.parse([*given[:4], "--preset", "laptop", "--init", str(folder)]),
+                                     Ranks(0, 1, 0), torch.device("cpu")))
+        damage(folder, ".metadata")
+        with pytest.raises(ValueError, match="is no whole checkpoint: .metadata has"):
+            full.begin(full.make_job(full.parse(given), Ranks(0, 1, 0), torch.device("cpu")))
 
 
 # ---------------------------------------------------------------- steps that are no numbers
@@ -482,7 +546,8 @@ def test_another_run_is_not_continued(data, tmp_path):
     for folder, argv, message in (
             (data["emu3"], again, "holds a run already: --resume auto goes on with it"),
             (data["emu3"], [*again, "--resume", "auto"], "belongs to a run with another plan"),
-            (data["emu3"], [*again, "--resume", "auto", "--lr", "0.1"], "other settings: --lr 0.003, now 0.1"),
+            (data["emu3"], [*again, "--resume", "auto", "--seed", "7"], "other settings: --seed 0, now 7. Give the same"),
+            (data["emu3"], [*again, "--resume", "auto", "--budget", "0.9"], "other settings: --budget 0.6, now 0.9"),
             (tmp_path / "fewer", [*again, "--resume", "auto"], "was trained on other shards"),
             (data["showo"], [*again, "--resume", "auto"], "was trained on other shards")):
         with pytest.raises(ValueError) as error:
@@ -490,7 +555,94 @@ def test_another_run_is_not_continued(data, tmp_path):
         assert message in str(error.value)
 
 
+def test_what_a_run_that_goes_on_may_change(data, tmp_path, capsys):
+    """Rates at any time, what the layer switch will do until it is done; both are said."""
+    run(tmp_path, data["emu3"], *TINY, "--steps", "2", "--dense", "1")
+    new = ["--resume", "auto", "--steps", "4", "--dense", "0.6", "--budget", "0.8", "--lr", "0.001"]
+    assert run(tmp_path, data["emu3"], *TINY, *new)["stage"] == "unimod"
+    out = capsys.readouterr().out
+    for text in ("--dense 1.0, now 0.6", "--budget 0.6, now 0.8", "--lr 0.003, now 0.001"):
+        assert f"changed since step-00000002: {text}" in out
+    assert rows(tmp_path, "lr")[2][0] <= 0.001
+    plan, shards = Plan.load(tmp_path / "plan.json"), full.Shards(data["emu3"])
+    lengths = {task: shards.tokenizer.length(task) for task in plan.tasks}
+    assert 0.75 < flops_ratio(full.model_config("tiny", shards.tokenizer), plan, lengths) <= 0.8
+
+
+def test_a_budget_out_of_reach_is_refused_at_once(data, tmp_path):
+    """What the head alone costs is known before the first step, not at the layer switch."""
+    with pytest.raises(ValueError, match=r"--budget 0.02 is out of reach: the head alone costs 0\.\d+ of dense with \d+ ids"):
+        run(tmp_path, data["emu3"], *SHORT, "--budget", "0.02")
+    run(tmp_path, data["emu3"], *TINY, "--steps", "1", "--dense", "1", "--budget", "0.02")
+
+
+def test_a_switch_is_never_rounded_away(data, tmp_path):
+    """A share of dense steps below 1 leaves at least one step for UniMoD."""
+    result = run(tmp_path, data["emu3"], *TINY, "--steps", "2", "--dense", "0.9")
+    assert result["stage"] == "unimod" and rows(tmp_path, "stage") == [("dense",), ("unimod",)]
+
+
+def test_the_budget_is_that_of_the_mixture(data, tmp_path):
+    """--budget counts a step as it is: seven samples of one task and one of the other."""
+    run(tmp_path, data["emu3"], *SHORT[:2], "--t2i", "7", "--mmu", "1", "--steps", "2", "--dense", "0.5", "--budget", "0.8")
+    model, stored = load_checkpoint(tmp_path / "model.pt")
+    lengths = {task: Tokenizer.from_state(stored["tokenizer"]).length(task) for task in ("t2i", "mmu")}
+    assert 0.78 < flops_ratio(model.config, model.plan, lengths, "train", {"t2i": 7, "mmu": 1}) <= 0.8
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 3), st.sampled_from((1, 2)), st.sampled_from((1, 2)))
+def test_the_held_out_samples_are_as_many_as_asked(data, asked, n, accumulate, world):
+    """Whole steps' worth of at most --eval-samples, none twice; how often a step accumulates does not matter."""
+    n, shards = n * accumulate * world, full.Shards(data["emu3"])
+    config = full.Config(eval_samples=asked, accumulate=accumulate, t2i=n, mmu=0)
+    ids = [batch.ids for rank in range(world)
+           for micro in full.held_out(config, shards, {"t2i": n}, Ranks(rank, world, rank)) for batch in micro.values()]
+    judged, there = len(torch.cat(ids)), min(asked, 10)
+    assert judged == (there // n * n if there >= n else max(1, there // world) * world)
+    once = full.Loader(shards, {"t2i": judged}, 0, drop=0.0, split="held").batches(0)[0]["t2i"].ids.tolist()
+    assert sorted(torch.cat(ids).tolist()) == sorted(once)
+
+
 # ---------------------------------------------------------------- schedule and journal
+
+def test_the_figures_of_a_line(data, monkeypatch):
+    """Tokens a second, MFU with skipped tokens as skipped, its dense-equivalent, kept shares and time left, by hand."""
+    config = full.parse(["--data", str(data["emu3"]), *TINY, "--steps", "10"])
+    job = full.make_job(config, Ranks(0, 1, 0), torch.device("cpu"))
+    run = full.begin(job)
+    plan = Plan({"t2i": (1, .25), "mmu": (.5, 1)})
+    run.enter("unimod", run.model.with_plan(plan), 0)
+    run.step, lengths, counts = 4, {"t2i": 9, "mmu": 13}, {"t2i": 3, "mmu": 5}
+    row = journal.figures(run, counts, lengths, torch.ones(2, 2), torch.tensor(1.0), 0.5, world=2)
+    assert row["tokens_per_second"] == (3 * 9 + 5 * 13) / 0.5 and row["seconds_left"] == 6 * 0.5
+    assert row["kept"] == {"t2i": 0.625, "mmu": 0.75} and row["mfu"] is None and "MFU n/a" in journal.line(row, 10)
+    monkeypatch.setattr(journal, "peak_flops", lambda name: 1e9)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "known")
+    run.device = torch.device("cuda")
+    monkeypatch.setattr(journal, "memory_gb", lambda device: 0.0)
+    row = journal.figures(run, counts, lengths, torch.ones(2, 2), torch.tensor(1.0), 0.5, world=2)
+    for name, which in (("mfu", plan), ("mfu_dense_equivalent", None)):
+        flops = sum(counts[task] * count_flops(run.model.config, which, task, lengths[task], "train").total for task in counts)
+        assert row[name] == pytest.approx(flops / (0.5 * 2 * 1e9))
+    assert row["mfu"] < row["mfu_dense_equivalent"]
+
+
+def test_the_clock_counts_steps_alone(monkeypatch):
+    """Time that is paused counts for no step; a CUDA device finishes its steps before the pause begins."""
+    now = [0.0]
+    monkeypatch.setattr(journal.time, "perf_counter", lambda: now[0])
+
+    def finish_queue(device):
+        now[0] += 3.0
+    monkeypatch.setattr(torch.cuda, "synchronize", finish_queue)
+    for kind, seconds in (("cpu", 2.0), ("cuda", 5.0)):
+        clock = journal.Clock(10, torch.device(kind))
+        now[0] += 4.0
+        with clock.paused():
+            now[0] += 100.0
+        assert clock.lap(12) == pytest.approx(seconds if kind == "cpu" else (4 + 3) / 2)
+
 
 @settings(max_examples=40)
 @given(st.integers(1, 300), st.integers(1, 50), st.sampled_from(("cosine", "linear")), st.floats(0, 1))
@@ -530,9 +682,9 @@ def test_tensorboard_gets_every_number_when_it_is_there(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", type(sys)("tensorboard"))
     sys.modules["torch.utils.tensorboard"].SummaryWriter = SummaryWriter
-    journal = Journal(tmp_path, 4)
-    journal.write({"step": 5, "stage": "dense", "loss_t2i": 1.5, "mfu": None, "kept": {"t2i": 1}})
-    journal.close()
+    one = Journal(tmp_path, 4)
+    one.write({"step": 5, "stage": "dense", "loss_t2i": 1.5, "mfu": None, "kept": {"t2i": 1}})
+    one.close()
     assert written == [5, ("loss_t2i", 1.5, 5), "closed"]
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert Journal(tmp_path, 4).board is None and not (tmp_path / "metrics.jsonl").read_text()

@@ -171,6 +171,18 @@ def test_stop_ids(backbone):
     assert generate_text(script, tokens, pictures(tokens, 3), ["a", "b", "c"], stop=(2, 3)) == ["a b", "", "a a a"]
 
 
+@both
+def test_a_picture_may_be_given_as_its_codes(backbone, monkeypatch):
+    """Codes get the answers of the picture that they draw, without being coded a second time."""
+    tokens, model = make(backbone)
+    images, questions = pictures(tokens, 3), ["a", "b c", "d"]
+    codes = tokens.image.encode(images)
+    answers = generate_text(model, tokens, images, questions)
+    monkeypatch.setattr(type(tokens.image), "encode", None)
+    assert generate_text(model, tokens, codes, questions) == answers
+    assert generate_text(model, tokens, codes[1], questions[1]) == answers[1]
+
+
 @pytest.mark.parametrize("options", [dict(temperature=-0.1), dict(top_k=0), dict(top_p=0.0), dict(top_p=1.5)])
 def test_sampling_that_cannot_be(options):
     """A negative temperature, no candidates or a share outside (0, 1] is a ValueError with the values; so are 0 steps."""

@@ -1,10 +1,13 @@
 """python -m unimod_mini.prepare, chunks.py and sources.py: from files that people bring to shards, offline."""
 import io
 import json
+import os
 import subprocess
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -13,14 +16,15 @@ from hypothesis import strategies as st
 from helpers import tar_of
 from test_emoji import write_archives
 from benchmarks import emoji as judged
-from unimod_mini import (VQ, ByteText, ModelConfig, Palette, UnifiedTransformer, WordText, chunks, prepare,
+from unimod_mini import (VQ, ByteText, ModelConfig, Palette, Tokenizer, UnifiedTransformer, WordText, chunks, prepare,
                          save_checkpoint, vq)
 from unimod_mini.data import read_image
 from unimod_mini.emoji import CREDITS
 from unimod_mini.prepare import main, parser
 from unimod_mini.shards import Shards
 from unimod_mini.show import read_png
-from unimod_mini.sources import DESCRIBE, share
+from unimod_mini.sources import DESCRIBE, Skipped, read_source, share
+from unimod_mini.tokenizer import cut_patches
 
 Image = pytest.importorskip("PIL.Image")
 TINY = "--size 8 --image palette --codes 16 --workers 1".split()
@@ -91,11 +95,19 @@ def test_the_flags_are_frozen():
     """Names and defaults of the command line."""
     flags = {a.option_strings[0] if a.option_strings else a.dest: a.default for a in parser()._actions
              if a.dest not in ("help", "workers")}
-    assert flags == {"sources": None, "out": None, "--backbone": "emu3", "--size": 32, "--image": "vq", "--patch": 4,
-                     "--codes": 1024, "--width": 48, "--vq-steps": 2000, "--text": None, "--text-length": None,
-                     "--held": 0.05, "--limit": None, "--scenes": 20_000, "--image-root": None, "--seed": 0,
+    assert flags == {"sources": None, "out": None, "--backbone": "emu3", "--size": 32, "--image": "vq", "--patch": None,
+                     "--codes": None, "--width": None, "--vq-steps": None, "--text": None, "--text-length": None,
+                     "--held": 0.05, "--limit": None, "--scenes": None, "--image-root": None, "--seed": 0,
                      "--device": None}
+    assert prepare.DEFAULTS == {"patch": 4, "codes": 1024, "width": 48, "vq_steps": 2000, "scenes": 20_000}
+    assert all(f"({value})" in parser().format_help() for value in prepare.DEFAULTS.values())
     assert parser().parse_args(["a", "b", "c"]).sources == ["a", "b"] and parser().parse_args(["a", "b"]).workers >= 1
+
+
+def test_workers_are_the_cores_that_may_be_used(monkeypatch):
+    """In a container of three cores there are three processes, however many the machine has."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 5, 7}, raising=False)
+    assert parser().parse_args(["a", "b"]).workers == 3
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -106,6 +118,14 @@ def test_the_flags_are_frozen():
     (["object.json", "out"], "error: object.json must hold a list of conversations, it holds a dict"),
     (["unnamed", "out"], "captions.csv: the first line must name the columns file_name and text, it has"),
     (["hopeless", "out"], "error: no picture to train on: 1 entries were read; the first: metadata.jsonl, line 1"),
+    (["x" * 300, "out"], "error: .*xxx"),
+    (["photos", "out", "--vq-steps", "9"], "error: --vq-steps has no effect: --image palette trains no VQ"),
+    (["photos", "out", "--width", "9"], "error: --width has no effect: --image palette trains no VQ"),
+    (["photos", "out", "--image", "codec.pt", "--codes", "9"], "error: --codes has no effect: codec.pt has its own"),
+    (["photos", "out", "--image", "codec.pt", "--patch", "4"], "error: --patch has no effect: codec.pt has its own"),
+    (["photos", "out", "--image", "codec.pt", "--width", "9"], "error: --width has no effect: --image codec.pt trains"),
+    (["photos", "out", "--scenes", "9"], "error: --scenes has no effect: only emoji has scenes"),
+    (["photos", "out", "--image-root", "photos"], "error: --image-root has no effect: no source is a .json"),
     (["photos", "out", "--size", "30"], "error: --size 30 does not divide into patches of 4 pixels"),
     (["photos", "out", "--size", "0"], "error: --size must be at least 1, got 0"),
     (["photos", "out", "--vq-steps", "0"], "error: --vq-steps must be at least 1"),
@@ -124,6 +144,7 @@ def test_errors_in_one_line(tmp_path, monkeypatch, arguments, message):
     folder_of(Path("photos"))
     Path("empty").mkdir(), Path("notes.txt").write_text("{}"), Path("bad.json").write_text("[")
     Path("object.json").write_text("{}")
+    torch.save(Tokenizer("showo", ByteText(), Palette(torch.zeros(2, 4, 4, 3)), (2, 2), 9).state(), "codec.pt")
     for name, file, text in (("unnamed", "captions.csv", "a,b\n1,2\n"), ("hopeless", "metadata.jsonl", "broken\n")):
         Path(name).mkdir(), (Path(name) / file).write_text(text)
     with pytest.raises(SystemExit, match=message) as error:
@@ -223,31 +244,58 @@ def test_what_is_broken_is_listed_and_the_rest_is_kept(tmp_path):
     (photos / "2.png").write_bytes(png(2)[:40])
     with open(photos / "metadata.jsonl", "a") as file:
         file.write('{"file_name": "gone.png", "text": "x"}\nnot json\n\n{"file_name": "3.png", "text": " "}\n')
+        file.write(json.dumps({"file_name": "n" * 300, "text": "x"}))
     tars = tmp_path / "tars"
     tars.mkdir()
     files = {"a/1.txt": b"alone", "a/2.png": png(20), "a/3.png": png(21), "a/3.json": b'{"caption": "from json"}',
-             "a/4.png": png(22), "a/4.json": b"[", "a/5.png": b"no png", "a/5.txt": b"broken"}
+             "a/4.png": png(22), "a/4.json": b"[", "a/5.png": b"no png", "a/5.txt": b"broken",
+             "a/6.png": png(23), "a/6.json": b'{"caption": ["list"]}', "a/7.png": png(24), "a/7.txt": b"caf\xe9"}
     tar_of(tars / "0.tar", files)
     cut = tar_of(tmp_path / "whole.tar", web_files([8, 9])).read_bytes()
     (tars / "1.tar").write_bytes(cut[:-10240 + 700] if len(cut) > 10240 else cut[:3000])
     (tars / "2.tar").write_bytes(b"")
     questions = [{"image": "1.png", "conversations": []}, {"conversations": []}, 7,
                  {"image": "../x", "conversations": []},
-                 {"image": "1.png", "conversations": [{"from": "gpt", "value": "a"}, {"from": "human", "value": "b"}]}]
+                 {"image": "1.png", "conversations": [{"from": "gpt", "value": "a"}, {"from": "human", "value": "b"}]},
+                 {"image": "n" * 5000, "conversations": []}, {"image": "1.png", "conversations": [{"from": []}]},
+                 {"image": "1.png", "conversations": [{"from": [], "value": "a"}, {"from": "gpt", "value": "b"}]},
+                 {"image": "1.png", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": " "}]}]
     (tmp_path / "q.json").write_text(json.dumps(questions))
     run(photos, tars, tmp_path / "q.json", tmp_path / "out", *TINY, "--held", 0, "--image-root", photos)
     skipped = (tmp_path / "out" / "skipped.txt").read_text().splitlines()
     for start in ("2.png: cannot be read as a picture", "metadata.jsonl, line 13: ",
                   "metadata.jsonl, line 14: not JSON", 'metadata.jsonl, line 16: needs the key "text"',
+                  "metadata.jsonl, line 17: ", "0.tar/a/6: the \"caption\" in its .json must be a text, not ['list']",
+                  "0.tar/a/7: its .txt is not UTF-8", "q.json, entry 5: ",
+                  'q.json, entry 6: needs "conversations", a list of {"from": .., "value": text}',
+                  "q.json, entry 7: turns must go human", "q.json, entry 8: an answer is empty",
                   "0.tar/a/1: no picture among .txt", "0.tar/a/2: no caption",
                   "0.tar/a/4: its .json is no JSON object", "0.tar/a/5: cannot be read as a picture",
                   "1.tar: the rest of it cannot be read", "2.tar: the rest of it cannot be read",
-                  "q.json, entry 0: turns must go human", 'q.json, entry 1: needs the key "image"', "q.json, entry 2: ",
+                  "q.json, entry 0: turns must go human", 'q.json, entry 1: needs the key "image"',
+                  'q.json, entry 2: needs "conversations"',
                   "q.json, entry 3: '../x' leads out of the folder", "q.json, entry 4: turns must go human, gpt"):
         assert sum(line.startswith(start) for line in skipped) == 1, (start, skipped)
     questions = {question for question, _, _ in pictures_of(tmp_path / "out")}
     assert questions == {*CAPTIONS[:2], *CAPTIONS[3:], "from json"}
-    assert Shards(tmp_path / "out").about["skipped_pictures"] == len(skipped) == 15
+    assert Shards(tmp_path / "out").about["skipped_pictures"] == len(skipped) == 22
+    assert max(map(len, skipped)) < 200 + len(str(photos))
+
+
+def test_a_csv_that_breaks_off(tmp_path):
+    """A field that is too long for a table ends it; what was before is kept."""
+    photos = folder_of(tmp_path / "photos", csv=True)
+    with open(photos / "captions.csv", "a") as file:
+        file.write("x" * 140_000 + ",1.png,x\nlater,2.png,x\n")
+    *entries, last = read_source(photos)
+    assert len(entries) == 12 and isinstance(last, Skipped) and last.key == "captions.csv, line 14"
+    assert last.why.startswith("the rest of it cannot be read (field larger than")
+
+
+def test_suffixes_in_capitals(tmp_path):
+    """A tar with 1.PNG and 1.TXT has a picture with a caption."""
+    item, = read_source(tar_of(tmp_path / "a.tar", {"1.PNG": png(1), "1.TXT": b"one"}))
+    assert item.key == "a.tar/1" and item.texts[0] == ("t2i", "one", "") and item.picture.size == len(png(1))
 
 
 # ---------------------------------------------------------------- repeats, splits, budgets
@@ -316,8 +364,8 @@ def test_a_trained_codec_is_stored_and_loaded(tmp_path, kind):
     """A VQ is trained on training pictures alone (another held-out picture changes nothing in it), lies in
     tokenizer.pt, and makes the codes of another data set."""
     photos = folder_of(tmp_path / "photos")
-    tiny = ["--size", 8, "--codes", 16, "--width", 4, "--workers", 1, "--held", 0.4, "--device", "cpu"]
-    run(photos, tmp_path / "one", *tiny, "--image", kind, "--vq-steps", 3)
+    tiny, sizes = ["--size", 8, "--workers", 1, "--held", 0.4, "--device", "cpu"], ["--codes", 16, "--width", 4]
+    run(photos, tmp_path / "one", *tiny, *sizes, "--image", kind, "--vq-steps", 3)
     one = Shards(tmp_path / "one")
     assert isinstance(one.tokenizer.image, VQ)
     assert one.tokenizer.image.quantizer == {"vq": "nearest", "lfq": "lfq"}[kind]
@@ -326,7 +374,7 @@ def test_a_trained_codec_is_stored_and_loaded(tmp_path, kind):
     assert one.tokenizer_hash == Shards(tmp_path / "two").tokenizer_hash
     held = next(filter(is_held, range(12)))
     (photos / f"{held}.png").write_bytes(png(40))
-    run(photos, tmp_path / "three", *tiny, "--image", kind, "--vq-steps", 3)
+    run(photos, tmp_path / "three", *tiny, *sizes, "--image", kind, "--vq-steps", 3)
     assert Shards(tmp_path / "three").tokenizer_hash == one.tokenizer_hash
 
 
@@ -347,10 +395,44 @@ def test_the_training_of_a_codec_goes_on(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="stopped"):
         run(photos, tmp_path / "twice", *tiny, "--vq-steps", 5)
     assert (tmp_path / "twice" / "work" / "training.pt").exists()
+    with monkeypatch.context() as patch:                   # killed before training.pt is removed
+        patch.setattr(Path, "unlink", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(photos, tmp_path / "twice", *tiny, "--vq-steps", 5)
+    assert (tmp_path / "twice" / "work" / "codec.pt").exists()
     run(photos, tmp_path / "twice", *tiny, "--vq-steps", 5)
     assert len(steps) == 4 + 3                             # two of the five were saved
     assert files_of(tmp_path / "once") == files_of(tmp_path / "twice")
     assert not (tmp_path / "twice" / "work" / "training.pt").exists()
+
+
+def test_a_palette_is_fitted_on_a_sample(monkeypatch):
+    """Of 122,880 patches 50,000 become floats, those that a sample of all patches as floats would hold."""
+    images = torch.randint(256, (30, 128, 128, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    vectors, generator = cut_patches(images, 2).flatten(0, 2), torch.Generator().manual_seed(7)
+    vectors = vectors[torch.randperm(len(vectors), generator=generator)[:50_000]].unique(dim=0)
+    twin = vectors[torch.randperm(len(vectors), generator=generator)[:9]].view(9, 2, 2, 3)
+    sizes, real = [], torch.Tensor.float
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: sizes.append(x.numel()) or real(x))
+    assert torch.equal(Palette.fit(images, 9, 2, rounds=0, seed=7).patches, twin.byte()) and max(sizes) <= 50_000 * 12
+
+
+def test_pictures_of_the_codec_are_held_once(tmp_path):
+    """Pictures are read into their place: beside the result, one at a time is in memory."""
+    pixels, made = torch.randint(256, (40, 32, 32, 3)).byte(), chunks.Chunks(tmp_path)
+    made.append([], pixels.numpy())
+    tracemalloc.start()                                    # sees arrays, and no tensor
+    numbers, images = prepare.some_pictures(made, list(range(40)), 30, seed=0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert torch.equal(images, pixels[numbers]) and peak < images.numel() / 2
+
+
+def test_a_perfect_codec_has_no_psnr(tmp_path):
+    """Where every pixel is right, dataset.json says null: JSON has no infinity."""
+    run(folder_of(tmp_path / "photos"), tmp_path / "out", *TINY, "--held", 0, "--codes", 99)
+    about = json.loads((tmp_path / "out" / "dataset.json").read_text(), parse_constant=pytest.fail)
+    assert about["reconstruction"]["train"]["error"] == 0 and about["reconstruction"]["train"]["psnr"] is None
 
 
 # ---------------------------------------------------------------- stopped and resumed
@@ -420,6 +502,29 @@ def test_other_options_are_refused(tmp_path):
             path.unlink()
 
 
+def test_one_path_by_two_names(tmp_path, monkeypatch):
+    """photos is ./photos: the same data set goes on."""
+    folder_of(tmp_path / "photos"), (tmp_path / "q.json").write_text("[]")
+    monkeypatch.chdir(tmp_path)
+    for dot in ("", "./"):
+        run(dot + "photos", dot + "q.json", "out", *TINY, "--image-root", dot + "photos")
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda lines: lines[3:], "out was begun, 0.png is now 3.png: choose another folder"),
+    (lambda lines: lines[:4], "out was begun, 4.png is now its end: choose another folder")])
+def test_a_source_that_changed_is_refused(tmp_path, change, message):
+    """Going on after the second chunk, a run names the first finished entry that is another one now."""
+    photos = folder_of(tmp_path / "photos")
+    run(photos, tmp_path / "out", *TINY)
+    for name in ("skipped.txt", "work/pictures.done", "work/records-000002.jsonl"):
+        (tmp_path / "out" / name).unlink()
+    lines = (photos / "metadata.jsonl").read_text().splitlines(keepends=True)
+    (photos / "metadata.jsonl").write_text("".join(change(lines)))
+    with pytest.raises(SystemExit, match=f"error: the source changed since .*{message}"):
+        run(photos, tmp_path / "out", *TINY)
+
+
 def test_stopped_before_the_first_file(tmp_path):
     """A folder in which nothing but the options was begun is taken up."""
     (tmp_path / "out" / "work").mkdir(parents=True)
@@ -435,6 +540,33 @@ def test_a_pool_of_processes_gives_the_same(tmp_path):
     run(photos, tmp_path / "one", *TINY)
     run(photos, tmp_path / "two", *TINY[:-1], 2)
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+
+
+def test_a_process_that_is_killed_ends_the_program():
+    """Out of memory, the system kills a process: an error says so, where waiting for its pictures would never end."""
+    with pytest.raises(ValueError, match="a process that read pictures was killed.*with fewer --workers if need be"):
+        with chunks.pool_map(2) as map_:
+            list(map_(os._exit, [9]))
+
+
+def test_many_chunks_need_few_files(tmp_path):
+    """200 chunks, some of them empty, are opened and read in any order with 64 open files."""
+    made = chunks.Chunks(tmp_path)
+    for i in range(200):
+        made.append([], np.full((i % 3, 2, 2, 3), i, np.uint8))
+    before = len(os.listdir("/dev/fd"))
+    made = chunks.Chunks(tmp_path)
+    owners = [i for i in range(200) for _ in range(i % 3)]
+    assert [int(made.picture("pixels", n)[0, 0, 0]) for n in reversed(range(len(owners)))] == owners[::-1]
+    assert len(os.listdir("/dev/fd")) - before <= chunks.OPEN == 64
+
+
+def test_finished_codes_need_no_pixels(tmp_path, monkeypatch):
+    """Where all codes are there, no picture is read and nothing encoded."""
+    run(folder_of(tmp_path / "photos"), tmp_path / "out", *TINY)
+    made = chunks.Chunks(tmp_path / "out" / "work")
+    monkeypatch.setattr(chunks.Chunks, "array", None)
+    prepare.write_codes(made, codec=None)
 
 
 def test_limit_takes_the_first_entries(tmp_path):
@@ -491,7 +623,7 @@ def test_the_judge_of_emoji_runs(tmp_path, monkeypatch, capsys):
     tokens = Shards(tmp_path / "data").tokenizer
     torch.manual_seed(0)
     config = ModelConfig("emu3", 1, 1, 1, 8, 16, tokens.vocab_size, 64, image_start=tokens.image_start)
-    save_checkpoint(tmp_path / "model.pt", UnifiedTransformer(config))
+    save_checkpoint(tmp_path / "model.pt", UnifiedTransformer(config), tokenizer=tokens.state())
     monkeypatch.setattr("sys.argv", ["emoji.py", str(tmp_path / "data"), f"noise={tmp_path / 'model.pt'}", "--drawn", "9",
                                      "--asked", "30", "--judge-steps", "40", "--out", str(tmp_path / "judged")])
     judged.main()

@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from helpers import build, call, count, golden_order, keeps, naive_topk, plans, seeds, tiny
-from unimod_mini.routers import (GATES, TASKS, Plan, TaskRouter, add_tokens, capacity, descending_rank, gather_tokens,
+from unimod_mini.routers import (GATES, TASKS, Plan, TaskRouter, add_tokens, capacity, descending_rank, flat, gather_tokens,
                                  predictor_loss, row_capacity, select_topk, slots, span_number, tie_order)
 
 
@@ -461,18 +461,28 @@ def test_gather_and_add_against_loops(shape, n_slot, seed, transposed):
         x, wide = torch.randn(T, B, 4).transpose(0, 1), torch.randn(3, T, 2, B).permute(3, 1, 2, 0)
         update = torch.randn(4, K, B).permute(2, 1, 0)
     indices = torch.stack([torch.randperm(T)[:K] for _ in range(B)])
+    places = flat(indices, T)
     before, expected = x.clone(), x.clone()
     for b in range(B):
         for k in range(K):
             i = int(indices[b, k])
-            assert torch.equal(gather_tokens(x, indices)[b, k], x[b, i])
-            assert torch.equal(gather_tokens(wide, indices)[b, k], wide[b, i])
+            assert torch.equal(gather_tokens(x, places)[b, k], x[b, i])
+            assert torch.equal(gather_tokens(wide, places)[b, k], wide[b, i])
             expected[b, i] += update[b, k]
-    assert gather_tokens(wide, indices).shape == (B, K, 2, 3)
-    assert torch.equal(add_tokens(x, indices, update), expected) and torch.equal(x, before)
+    assert gather_tokens(wide, places).shape == (B, K, 2, 3)
+    assert torch.equal(add_tokens(x, places, update), expected) and torch.equal(x, before)
+
+
+def test_a_bf16_router_does_not_tie():
+    """Scores of bf16 weights are added up in float32: nearly as many different ones as tokens."""
+    router = TaskRouter(64, 0, ["mmu"]).bfloat16()
+    torch.nn.init.normal_(router.score.weight)
+    x = torch.randn(1, 1000, 64, dtype=torch.bfloat16)
+    scores = router(x, "mmu", 0.5, SimpleNamespace(valid=None, order=None, coming=0), "topk").scores
+    assert scores.dtype == torch.float32 and len(scores.unique()) > 990
 
 
 def test_add_tokens_keeps_the_dtype_of_the_stream():
     """A float32 update of a bf16 stream is added in bf16."""
     x = torch.ones(1, 3, 2, dtype=torch.bfloat16)
-    assert add_tokens(x, torch.tensor([[1]]), torch.ones(1, 1, 2)).dtype == torch.bfloat16
+    assert add_tokens(x, flat(torch.tensor([[1]]), 2), torch.ones(1, 1, 2)).dtype == torch.bfloat16

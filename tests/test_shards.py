@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
@@ -386,10 +387,16 @@ def test_masks_and_dropped_captions(folders):
 
 
 @pytest.mark.parametrize("start, steps", [(0, 5), (3, 7), (4, 4), (0, 1)])
-def test_reading_ahead_changes_nothing(folders, start, steps):
-    """(step, batches(step)) in order, from any start; stopping early ends the thread."""
-    loader = Loader(Shards(folders["showo"]), {"t2i": 4, "mmu": 2}, accumulate=2)
-    seen = list(loader.read_ahead(start, steps))
+def test_reading_ahead_changes_nothing(folders, monkeypatch, start, steps):
+    """(step, batches(step)) in order, from any start, the next one asked for while one is used; stopping early ends the
+    thread."""
+    loader, asked = Loader(Shards(folders["showo"]), {"t2i": 4, "mmu": 2}, accumulate=2), [Event() for _ in range(9)]
+    good, seen = loader.batches, []
+    with monkeypatch.context() as patch:
+        patch.setattr(loader, "batches", lambda step: asked[step].set() or good(step))
+        for step, batches in loader.read_ahead(start, steps):
+            assert step == steps - 1 or asked[step + 1].wait(10)
+            seen.append((step, batches))
     assert [step for step, _ in seen] == list(range(start, steps))
     for step, batches in seen:
         for one, two in zip(batches, loader.batches(step), strict=True):
@@ -401,13 +408,14 @@ def test_reading_ahead_changes_nothing(folders, start, steps):
 
 
 def test_an_error_while_reading_ahead_reaches_the_caller(folders, monkeypatch):
-    """What goes wrong in the thread is raised where the batch is taken, not swallowed."""
-    loader = Loader(Shards(folders["showo"]), {"t2i": 4})
+    """What goes wrong in the thread, ahead of its turn, is raised where the batch is taken, not swallowed."""
+    loader, asked = Loader(Shards(folders["showo"]), {"t2i": 4}), [Event() for _ in range(9)]
     good = loader.batches
-    monkeypatch.setattr(loader, "batches", lambda step: good(step) if step < 3 else 1 / 0)
+    monkeypatch.setattr(loader, "batches", lambda step: asked[step].set() or (good(step) if step < 3 else 1 / 0))
     seen = []
     with pytest.raises(ZeroDivisionError):
         for step, _ in loader.read_ahead(0, 9):
+            assert asked[step + 1].wait(10)
             seen.append(step)
     assert seen == [0, 1, 2]
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import train_toy as toy
+from helpers import build
 from unimod_mini import (METHODS, ModelConfig, Palette, Pictures, Plan, UnifiedTransformer, WordText, World, arank_table,
                          calibrate, count_flops, flops_ratio, generate_image, generate_text, load_checkpoint,
-                         make_optimizers, plan_for_budget, predictor_report, save_checkpoint, train_step)
+                         make_optimizers, plan_for_budget, predictor_report, save_checkpoint, train_step, trainer)
 from unimod_mini.evaluate import ask_and_judge, blind_accuracy, by_category, draw_and_judge, share
 from unimod_mini.show import kept_tokens, save_png, terminal
 from unimod_mini.objectives import IGNORE
@@ -93,6 +94,18 @@ def test_calibrated_thresholds_realise_the_trained_capacity(backbone, dtype):
     assert 0.5 <= report["base_rate"] <= 1 and 0 <= report["accuracy"] <= 1
 
 
+def test_thresholds_are_the_same_however_many_rows_go_at_once(monkeypatch):
+    """calibrate row by row, as for logits that would not fit, sets what it sets from the whole batch."""
+    _, _, sampler, config = setup("showo")
+    model, batches = build(config, Plan({"t2i": (0.5, 0.3), "mmu": (0.7, 1)})), sampler(8, 8)      # float64
+    calibrate(model, batches)
+    whole, rows = [threshold.clone() for threshold in model.buffers()], []
+    monkeypatch.setattr(trainer, "LOGITS", 1)
+    model.register_forward_pre_hook(lambda _, given, named: rows.append(len(named["ids"])), with_kwargs=True)
+    calibrate(model, batches)
+    assert set(rows) == {1} and all(map(torch.allclose, model.buffers(), whole)) and any(t != 0 for t in whole)
+
+
 @pytest.mark.parametrize("backbone, step", [("emu3", 0), ("showo", 0), ("showo", 1)])
 def test_predictors_never_move_the_model(backbone, step):
     """Where the router ranks, a training step leaves every other weight at the same bits whatever the predictors are:
@@ -120,16 +133,16 @@ def test_every_other_step_of_the_toy_draws_with_the_predictors_choice():
 
 @pytest.mark.parametrize("training", (False, True))
 def test_looking_at_a_model_does_not_change_its_mode(training):
-    """Drawing, answering, thresholds, reports and ARank run without dropout and leave a model training if it was."""
+    """Drawing, answering, thresholds, reports and ARank run without dropout or gradients, and leave a model training if it was."""
     _, tokenizer, sampler, config = setup("showo", attention_dropout=0.5)
     model, batches = UnifiedTransformer(config, Plan({"t2i": (0.5, 1), "mmu": (0.7, 1)})).train(training), sampler(1, 1)
     modes = []
-    model.register_forward_hook(lambda *_: modes.append(model.training))
+    model.register_forward_hook(lambda *_: modes.append((model.training, torch.is_grad_enabled())))
     images = [generate_image(model, tokenizer, "a ring", steps=1) for _ in range(2)]
     assert torch.equal(*images) and generate_text(model, tokenizer, images[0], "describe ?", max_tokens=1) is not None
     calibrate(model, batches), predictor_report(model, batches), arank_table(model, batches)
     kept_tokens(model, tokenizer, batches["mmu"], "mmu")
-    assert model.training == training and set(modes) == {False}
+    assert model.training == training and set(modes) == {(False, False)}
     with pytest.raises(ValueError):
         generate_image(model, tokenizer, "no such words")
     assert model.training == training

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from helpers import (BACKBONES, N_LAYER, build, call, calls, count, naive_forward, naive_norm, naive_sees, naive_topk,
                      plans, real, seeds, tiny)
+from unimod_mini import transformer
 from unimod_mini.cache import Cache
 from unimod_mini.routers import GATES, TASKS, Plan
 from unimod_mini.transformer import ModelConfig, UnifiedTransformer, attention_mask, rotary
@@ -518,3 +519,28 @@ def test_plan_of_another_depth():
     """A plan for another number of layers is refused when the model is made."""
     with pytest.raises(ValueError, match="the plan has 4 layers, the model 3: make one for this model"):
         UnifiedTransformer(tiny("showo"), Plan.dense(4))
+
+
+@given(st.integers(1, 3), st.sampled_from(((4, 4), (4, 2), (6, 1))), st.booleans(), st.integers(0, 99))
+def test_repeated_keys_are_grouped_keys(batch, heads, masked, seed):
+    """Where a device has no kernel for grouped keys under a mask they are repeated: the same attention."""
+    torch.manual_seed(seed)
+    (H, G), T = heads, 5
+    q, k, v = (torch.randn(batch, n, T, 8, dtype=torch.float64) for n in (H, G, G))
+    mask = torch.rand(batch, 1, T, T) < 0.5
+    mask = mask | torch.eye(T, dtype=torch.bool) if masked else None
+    plain = transformer.attend(q, k, v, mask)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformer, "EXPANDED", ("cpu",))
+        torch.testing.assert_close(transformer.attend(q, k, v, mask), plain)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_fresh_weights_have_the_spread_that_they_should(backbone):
+    """0.02 everywhere, and 0.02 / sqrt(2 L) where a block writes into the residual stream."""
+    config = ModelConfig(backbone, 8, 4, 4, 64, 128, 300, 32, 200)
+    model = UnifiedTransformer(config, Plan.mod(8))
+    for name, weight in model.named_parameters():
+        if weight.ndim > 1 and "routers" not in name:
+            writes = name.endswith(("attention.out.weight", "mlp.down.weight"))
+            assert weight.std().item() == pytest.approx(0.02 / 4 if writes else 0.02, rel=0.1), name

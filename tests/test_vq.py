@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import tempfile
+import weakref
 from pathlib import Path
 
 import pytest
@@ -371,6 +372,20 @@ def test_measure_on_known_answers():
     images[..., 2] += 3  # blue is off by 3 everywhere: error 1, MSE 3
     assert measure(images, Grey).error == pytest.approx(1)
     assert measure(images, Grey).psnr == pytest.approx(10 * math.log10(255**2 / 3))
+
+
+def test_measure_holds_one_piece_at_a_time():
+    """Of 1000 reconstructed images, no more than two batches of 64 exist at once."""
+    alive, most = weakref.WeakSet(), []
+
+    class Watched(Grey):
+        def decode(codes):
+            alive.add(images := Grey.decode(codes))
+            most.append(len(alive))
+            return images
+
+    assert measure(torch.zeros(1000, 2, 2, 3, dtype=torch.uint8), Watched).error == 0
+    assert len(most) == 16 and max(most) <= 2
 
 
 # ---------------------------------------------------------------- save and load

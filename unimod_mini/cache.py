@@ -35,15 +35,15 @@ class LayerCache:
         self.n_slot, self.limit, self.counts = n_slot, limit, [0] * batch
         self.k = self.v = self.positions = None            # made with the first tokens, which know dtype and width
 
-    def begin(self, row: Tensor, positions: Tensor, spans: Tensor | None, single: bool) -> None:
+    def begin(self, row: Tensor, rows: list, positions: Tensor, spans: Tensor | None, single: bool) -> None:
         """Which packed tokens come next: row, positions and spans (N,), row by row in the order of the sequence.
 
-        single: a chunk of one token, so no row is named twice."""
-        self.row, self.new_positions, self.new_spans, self.single = row, positions, spans, single
+        rows: row as a list; single: a chunk of one token, so no row is named twice."""
+        self.row, self.rows, self.new_positions, self.new_spans, self.single = row, rows, positions, spans, single
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Stores k and v (1, G, N, d) of the packed tokens; q (1, H, N, d) -> (1, H, N, d), each over its own row."""
-        rows, counts, slots = self.row.tolist(), list(self.counts), []
+        rows, counts, slots = self.rows, list(self.counts), []
         for b in rows:                                     # a row's next token takes its next slot
             slots.append(counts[b])
             counts[b] += 1
@@ -58,13 +58,13 @@ class LayerCache:
         with sdpa_kernel(KERNELS) if q.is_cuda else nullcontext():
             if self.single:
                 return self.attend_single(q, rows, together)
-            return self.attend_chunk(q, place[1], torch.tensor([slot - before[b] for b, slot in zip(rows, slots)],
-                                                               device=q.device))
+            return self.attend_chunk(q, place[1], [slot - before[b] for b, slot in zip(rows, slots)])
 
     def attend_single(self, q: Tensor, rows: list, together: bool) -> Tensor:
         """Decoding, one new token in each of R rows: its query over all slots of its row."""
         counts = [self.counts[b] for b in rows]
-        query, S = q[0].transpose(0, 1)[:, :, None], max(counts)                            # (R, H, 1, d)
+        # heads that share a key stand in the place of queries: no grouped attention is needed
+        query, S = q[0].transpose(0, 1).unflatten(1, (self.k.shape[1], -1)), max(counts)    # (R, G, H / G, d)
         if together:
             y = attend(query, self.k[:, :, :S], self.v[:, :, :S])
         elif q.device.type in BY_ROW:                      # no cache is copied, none is read past its end
@@ -73,11 +73,12 @@ class LayerCache:
         else:
             used = torch.arange(S, device=q.device) < torch.tensor(counts, device=q.device)[:, None]    # (R, S)
             y = attend(query, self.k[self.row, :, :S], self.v[self.row, :, :S], used[:, None, None])
-        return y[:, :, 0].transpose(0, 1)[None]
+        return y.flatten(1, 2).transpose(0, 1)[None]
 
-    def attend_chunk(self, q: Tensor, slot: Tensor, column: Tensor) -> Tensor:
+    def attend_chunk(self, q: Tensor, slot: Tensor, columns: list) -> Tensor:
         """One kernel for all rows: the packed queries in a grid (B, H, M, d), the mask rule over the slots in use."""
-        M, S, row, N = int(column.max()) + 1, max(self.counts), self.row, q.shape[2]
+        M, S, row, N = max(columns) + 1, max(self.counts), self.row, q.shape[2]
+        column = torch.tensor(columns, device=q.device)
         grid = q.new_zeros(len(self.counts), M, *q.shape[1::2])                             # (B, M, H, d)
         grid[row, column] = q[0].transpose(0, 1)
         plain = N == S * len(self.counts) and self.new_spans is None                        # a first chunk, no padding
@@ -144,6 +145,7 @@ class Cache:
 
         ValueError when the chunk goes on with the span that the last one ended in (checked on a CPU)."""
         self.valid_tokens = context.valid.nonzero(as_tuple=True)
+        self.valid_rows = self.valid_tokens[0].tolist()
         if self.last_span is not None and context.spans is not None and context.spans.device.type == "cpu":
             first = context.spans.gather(1, context.valid.long().argmax(1, keepdim=True))[:, 0]
             if bool(((first == self.last_span) & (first != 0) & context.valid.any(1)).any()):
@@ -152,10 +154,11 @@ class Cache:
 
     def end(self, context: Context) -> None:
         self.length += context.valid.shape[1]
-        self.n_valid, self.last_span = self.n_valid + context.valid.sum(1, keepdim=True), None
-        if context.spans is not None:
+        self.n_valid, before, self.last_span = self.n_valid + context.valid.sum(1, keepdim=True), self.last_span, None
+        if context.spans is not None:                      # a row without a valid token stands where it stood
             index = torch.arange(context.valid.shape[1], device=context.spans.device)
-            self.last_span = context.spans.gather(1, (context.valid * index).argmax(1, keepdim=True))[:, 0]
+            last = context.spans.gather(1, (context.valid * index).argmax(1, keepdim=True))[:, 0]
+            self.last_span = torch.where(context.valid.any(1), last, 0 if before is None else before)
 
     def mark(self) -> tuple:
         """Where the cache stands now, for rewind."""

@@ -23,8 +23,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
-from .distributed import Ranks, local, wait_for_all
+from .distributed import Ranks, from_first, local, wait_for_all
 from .files import whole_file
 from .shards import HEADER
 
@@ -72,11 +73,17 @@ def make_state(optimizer) -> None:
             local(value).zero_()
 
 
-def collectively(do, tensors: dict, path: Path) -> None:
-    """dcp.save or dcp.load, by all ranks or by the one process that there is (of which dcp would warn)."""
+def collectively(do, tensors: dict, path: Path, alone: bool = False) -> None:
+    """dcp.save or dcp.load, by all ranks or by the one process that there is (of which dcp would warn).
+
+    OSError with dcp's last line when it fails: its own is no Exception, and lists every rank's traceback.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        do(tensors, checkpoint_id=path, no_dist=not dist.is_initialized())
+        try:
+            do(tensors, checkpoint_id=path, no_dist=alone or not dist.is_initialized())
+        except CheckpointException as error:
+            raise OSError(f"{path}: {str(error).strip().splitlines()[-1]}") from error
 
 
 def random_state() -> dict:
@@ -90,7 +97,7 @@ def random_state() -> dict:
 def save(folder: Path, step: int, tensors: dict, facts: dict, ranks: Ranks) -> Path:
     """Write one checkpoint and return its path; all ranks call it. One that is there already is left as it is."""
     path, part = folder / f"step-{step:08d}", folder / f"step-{step:08d}.tmp"
-    if broken(path) is None:
+    if from_first(lambda: broken(path) is None):           # one rank looks: a shared disk may show others an older state
         return path
     if ranks.first:
         discard(path)                                      # one of this step that was cut short
@@ -151,14 +158,18 @@ def broken(path: Path) -> str | None:
 def newest(folder: Path) -> Path | None:
     """The newest whole checkpoint, None when there is none; on the way past one that was cut short it warns.
 
-    What a kill left half-written or half-deleted is deleted: one process alone calls this.
+    What a kill left half-written or half-deleted is deleted: one process alone calls this. ValueError when there are
+    checkpoints and none is whole, as no kill leaves them.
     """
     for part in folder.glob("step-????????.tmp"):
         shutil.rmtree(part)
-    for path in sorted(folder.glob("step-????????"), reverse=True):
+    paths = sorted(folder.glob("step-????????"), reverse=True)
+    for path in paths:
         if (wrong := broken(path)) is None:
             return path
         print(f"warning: {path} was cut short: {wrong}; going back to the checkpoint before it", file=sys.stderr)
+    if paths:
+        raise ValueError(f"no checkpoint in {folder} is whole: bring one back, or delete them all to begin anew")
     return None
 
 
@@ -171,18 +182,28 @@ def identity(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def refuse_another(path: Path, then: dict, now: dict, free: set) -> None:
-    """ValueError when the facts `then` of a checkpoint are of other data, or of settings outside `free`, than `now`."""
+def refuse_another(path: Path, then: dict, now: dict, free: set) -> list:
+    """ValueError when the facts `then` of a checkpoint are of other data, or of settings outside `free`, than `now`.
+    Returns what else has changed, in words."""
     for name in ("shards", "tokenizer"):
         if then[name] != now[name]:
             raise ValueError(f"{path} was trained on other {name} than --data has: give the --data of that run, or "
-                             "choose another --out (and --init, to begin with its weights)")
+                             "choose another --out")
     before = then["config"]
-    told = [f"--{name.replace('_', '-')} {before.get(name)}, now {value}" for name, value in now["config"].items()
-            if name not in free and value != before.get(name)]
-    if told:
-        raise ValueError(f"{path} belongs to a run with other settings: {'; '.join(told)}. Give the same, or choose "
-                         "another --out")
+    told = {name: f"--{name.replace('_', '-')} {before.get(name)}, now {value}" for name, value in now["config"].items()
+            if value != before.get(name)}
+    if wrong := [text for name, text in told.items() if name not in free]:
+        raise ValueError(f"{path} belongs to a run with other settings: {'; '.join(wrong)}. Give the same, or choose "
+                         f"another --out (and --init {path}, to begin with its weights)")
+    return list(told.values())
+
+
+def read(path: Path, tensors: dict, alone: bool = False) -> None:
+    """Fill `tensors` in place: all ranks together, or `alone`. ValueError names the checkpoint when it does not hold them."""
+    try:
+        collectively(dcp.load, tensors, path, alone)
+    except Exception as error:
+        raise ValueError(f"{path} does not fit this run: {str(error).strip().splitlines()[-1]}") from error
 
 
 def load(path: Path, tensors: dict, ranks: Ranks) -> None:
@@ -190,10 +211,7 @@ def load(path: Path, tensors: dict, ranks: Ranks) -> None:
 
     ValueError names the checkpoint when it does not hold them.
     """
-    try:
-        collectively(dcp.load, tensors, path)
-    except Exception as error:                             # dcp's own text lists every rank's traceback
-        raise ValueError(f"{path} does not fit this run: {str(error).strip().splitlines()[-1]}") from error
+    read(path, tensors)
     if (path / f"rng-{ranks.rank}.pt").is_file():
         state = torch.load(path / f"rng-{ranks.rank}.pt", weights_only=True)
         torch.set_rng_state(state["cpu"])

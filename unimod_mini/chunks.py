@@ -15,6 +15,10 @@ import hashlib
 import json
 import multiprocessing
 import signal
+from bisect import bisect_right
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -27,17 +31,24 @@ from .files import whole_file
 from .sources import Item, decode, share
 
 CHUNK = 1024                       # entries
+OPEN = 64                          # arrays that are kept open, a file descriptor each
 
 
 @contextlib.contextmanager
 def pool_map(workers: int):
-    """map over processes; in this process for one worker."""
+    """map over processes, for a list of jobs at a time; in this process for one worker. ValueError if one is killed."""
     if workers == 1:
         yield map
         return
     context = multiprocessing.get_context("spawn")         # a fork would copy torch's threads in any state
-    with context.Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-        yield lambda function, jobs: pool.imap(function, jobs, chunksize=16)
+    pool = ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    try:
+        yield partial(pool.map, chunksize=16)
+    except BrokenProcessPool as error:
+        raise ValueError("a process that read pictures was killed, for lack of memory perhaps: the same command goes "
+                         "on, with fewer --workers if need be") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 class Chunks:
@@ -58,12 +69,14 @@ class Chunks:
     def array(self, kind: str, chunk: int):
         """Pixels (m, S, S, 3) or codes (m, h, w) of a chunk, memory-mapped."""
         if (kind, chunk) not in self.open:
+            if len(self.open) == OPEN:
+                del self.open[next(iter(self.open))]       # the one that was opened first
             self.open[kind, chunk] = np.load(self.path(kind, chunk), mmap_mode="r")
         return self.open[kind, chunk]
 
     def picture(self, kind: str, number: int) -> Tensor:
         """Pixels (S, S, 3) or codes (h, w) of a picture."""
-        chunk = int(np.searchsorted(self.starts, number, "right")) - 1
+        chunk = bisect_right(self.starts, number) - 1
         return torch.from_numpy(np.array(self.array(kind, chunk)[number - self.starts[chunk]]))
 
     def records(self):
@@ -80,11 +93,19 @@ class Chunks:
         with whole_file(self.path(kind, chunk), "wb") as file:
             np.save(file, array)
 
+    def pass_over(self, entries) -> None:
+        """Takes from an iterator the entries that are finished. ValueError when others were read before."""
+        for record in self.records():
+            entry = next(entries, None)
+            if entry is None or entry.key != record["key"]:
+                raise ValueError(f"the source changed since {self.folder.parent} was begun, {record['key']} is now "
+                                 f"{entry.key if entry else 'its end'}: choose another folder")
+
     def read(self, entries, size: int, held: float, workers: int) -> None:
         """Entries (sources.py) -> the chunks that are missing. held: share of the pictures that is held out, where an
         entry does not say itself on which side it is."""
         memory = Memory(self, held)
-        entries = islice(entries, len(self) * CHUNK, None)
+        self.pass_over(entries)
         with pool_map(workers) as map_, tqdm(desc="pictures", unit="picture", initial=self.starts[-1]) as bar:
             while chunk := list(islice(entries, CHUNK)):
                 decoded = iter(map_(decode, [(entry, size) for entry in chunk if isinstance(entry, Item)]))

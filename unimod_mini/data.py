@@ -5,6 +5,7 @@ imagefolder convention; other keys are ignored): {"file_name": "a/1.jpg", "text"
 `python -m unimod_mini.emoji FOLDER` makes one of public emoji art.
 """
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -105,13 +106,18 @@ def check_row(row, folder, where):
     for key in ("file_name", "text"):
         value = row.get(key) if isinstance(row, dict) else None
         if not isinstance(value, str) or not value.strip():
-            raise ValueError(f'{where}: needs the key "{key}" with a text, not {value!r}')
+            raise ValueError(f'{where}: needs the key "{key}" with a text, not {cut(repr(value))}')
     name = Path(row["file_name"])
     if name.anchor or ".." in name.parts:  # "/etc/x.png", "C:x.png", "../x.png"
-        raise ValueError(f"{where}: {row['file_name']!r} leads out of the folder")
-    if not (folder / name).is_file():
-        raise FileNotFoundError(f"{where}: {folder / name} does not exist")
+        raise ValueError(f"{where}: {cut(row['file_name'])!r} leads out of the folder")
+    if not os.path.isfile(folder / name):  # Path.is_file raises for a name that is too long
+        raise FileNotFoundError(f"{where}: {folder / cut(row['file_name'])} does not exist")
     return folder / name, row["text"]
+
+
+def cut(text):
+    """What an error quotes of a text: 100 characters."""
+    return text if len(text) <= 100 else text[:100] + " .."
 
 
 def read_image(path, size, name=None):
@@ -124,14 +130,25 @@ def read_image(path, size, name=None):
         with Image.open(path) as file:
             if file.mode not in MODES:  # 16-bit values would be clipped to white without a word
                 raise ValueError(f"mode {file.mode}; save it with 8 bits a channel, as RGB")
-            picture = ImageOps.exif_transpose(file).convert("RGBA")  # upright, as a viewer shows it
+            if file.format == "JPEG" and file.mode == "RGB":
+                draft(file, size)
+            ImageOps.exif_transpose(file, in_place=True)  # upright, as a viewer shows it
+            picture = file.convert("RGBA" if file.has_transparency_data else "RGB")
     except Exception as error:  # Pillow raises OSError, SyntaxError, DecompressionBombError ...
         raise ValueError(f"{name or path}: cannot be read as a picture ({error})") from error
-    # White goes under first: the resize must not blend in the colours of transparent pixels.
-    opaque = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    if picture.mode == "RGBA":  # white goes under first: the resize must not blend in the colours of transparent pixels
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     # 64x32 at size 32: the longer side becomes 32, so 32x16, with 8 white rows above and below.
     width, height = (max(1, round(side * size / max(picture.size))) for side in picture.size)
-    small = opaque.resize((width, height), Image.Resampling.BICUBIC)  # antialiased
+    small = picture.resize((width, height), Image.Resampling.BICUBIC)  # antialiased
     square = Image.new("RGB", (size, size), "white")
     square.paste(small, ((size - width) // 2, (size - height) // 2))
     return torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).view(size, size, 3)
+
+
+def draft(file, size):
+    """Has a JPEG decoded at 1/8, 1/4 or 1/2, where that divides the sides and leaves 8 pixels for one: photographs come
+    out within 1 of 255 of what a full decode gives, a few pixels within 3."""
+    for scale in (8, 4, 2):
+        if max(file.size) >= 8 * size * scale and not any(side % scale for side in file.size):
+            return file.draft("RGB", tuple(side // scale for side in file.size))

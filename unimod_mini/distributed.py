@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -41,19 +42,21 @@ class Ranks(NamedTuple):
 def join(device: torch.device, minutes: float):
     """Ranks of this process, in a process group when there are several; the group is left at the end.
 
-    minutes: how long a process waits for the others before it ends with an error. RuntimeError when there are more
-    processes on a machine than CUDA devices.
+    minutes: how long a process waits for the others before it ends with an error. ValueError when there are more
+    processes on a machine than CUDA devices, and for several on MPS.
     """
     ranks = Ranks(*(int(os.environ.get(name, default)) for name, default in
                     (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))
     if device.type == "cuda":
         if device.index is None and ranks.local >= torch.cuda.device_count():
-            raise RuntimeError(f"process {ranks.local} of this machine has no CUDA device, there are "
-                               f"{torch.cuda.device_count()}: --nproc-per-node {torch.cuda.device_count()} at most")
+            raise ValueError(f"process {ranks.local} of this machine has no CUDA device, there are "
+                             f"{torch.cuda.device_count()}: --nproc-per-node {torch.cuda.device_count()} at most")
         torch.cuda.set_device(ranks.local if device.index is None else device.index)
     if "WORLD_SIZE" not in os.environ:
         yield ranks
         return
+    if device.type == "mps":
+        raise ValueError("torch has no backend between processes on MPS: give --device cpu, or start one process")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
     yield ranks                    # an error just drops the group: the others see a broken connection, and end
@@ -126,15 +129,22 @@ def freeze_unused(model, lengths: dict) -> None:
 
 
 def wrap(objective: nn.Module, parallel: str, device: torch.device) -> nn.Module:
-    """The module to call: DDP around `objective`, or `objective` itself, as it is or sharded block by block by FSDP2."""
+    """The module to call: DDP around `objective`, or `objective` itself, as it is or sharded block by block by FSDP2.
+
+    FSDP2 takes the weights of the first rank; on the others the model may lie on the meta device.
+    """
     if not dist.is_initialized():
         return objective.to(device)
     if parallel == "ddp":
         return DistributedDataParallel(objective.to(device), broadcast_buffers=False, gradient_as_bucket_view=True)
+    weights = objective.state_dict() if dist.get_rank() == 0 else {}
+    objective.to("meta")                                   # no memory until every rank has its share alone
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in objective.model.blocks:
-        fully_shard(block, mesh=mesh)                      # moves the block's own share to the device, and nothing else
-    return fully_shard(objective, mesh=mesh)
+        fully_shard(block, mesh=mesh)
+    fully_shard(objective, mesh=mesh).to_empty(device=device)
+    set_model_state_dict(objective, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    return objective
 
 
 def synchronised(wrapped: nn.Module, now: bool):
@@ -155,7 +165,11 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensors: dict) -> dict:
-    """{name: tensor} with every sharded tensor gathered, on the CPU; every rank must call it and gets all of it."""
-    return {name: tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor.detach().cpu()
-            for name, tensor in tensors.items()}
+def whole(tensors: dict, here: bool = True) -> dict:
+    """{name: a copy on the CPU} with every sharded tensor gathered; every rank must call it, `here` says who keeps them."""
+    out = {}
+    for name, tensor in tensors.items():
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+        if here:
+            out[name] = full.to("cpu", copy=True)
+    return out

@@ -33,8 +33,7 @@ def ask_and_judge(model, tokenizer, questions, codes: Tensor, progress=None, **o
     right = []
     for start in range(0, len(questions), CHUNK):
         part = questions[start:start + CHUNK]
-        images = tokenizer.image.decode(codes[start:start + CHUNK])
-        answers = generate_text(model, tokenizer, images, [q.text for q in part], **options)
+        answers = generate_text(model, tokenizer, codes[start:start + CHUNK], [q.text for q in part], **options)
         right += [(q.category, answer == q.answer) for q, answer in zip(part, answers)]
         if progress is not None:
             progress.update(len(part))

@@ -98,8 +98,8 @@ def generate_text(model: UnifiedTransformer, tokenizer: Tokenizer, image: Tensor
                   top_p: float = 1.0, stop: tuple = ()):
     """Answer questions on pictures, free-running.
 
-    image: uint8 (H, W, 3) with a str, or (B, H, W, 3) with a list of str. Returns a str, or a list of them. An answer
-    ends before the tokenizer's eot, any id of `stop`, or after max_tokens (default: the tokenizer's text budget).
+    image: uint8 pixels (H, W, 3) or long codes (h, w) with a str, a batch of either with a list of str. Returns a str, or
+    a list of them. Codes that are known need not be decoded: a VQ may code its own picture otherwise. An answer ends before the tokenizer's eot, any id of `stop`, or after max_tokens (default: the tokenizer's text budget).
     """
     check_sampling(temperature, top_k, top_p)
     single = isinstance(question, str)
@@ -107,7 +107,8 @@ def generate_text(model: UnifiedTransformer, tokenizer: Tokenizer, image: Tensor
     if len(images) != len(questions) or not questions:
         raise ValueError(f"generate_text: {len(images)} images for {len(questions)} questions, one each is needed")
     device = next(model.parameters()).device
-    picture = tokenizer.image_ids(tokenizer.image.encode(images)).tolist()
+    codes = images if images.dtype == torch.long else tokenizer.image.encode(images)
+    picture = tokenizer.image_ids(codes).tolist()
     ids, valid = left_pad([tokenizer.mmu_prompt(q, p) for q, p in zip(questions, picture)], tokenizer.pad, device)
     spans = mmu_spans(tokenizer, valid)
     steps = tokenizer.text_length if max_tokens is None else max_tokens
@@ -210,8 +211,9 @@ def draw_parallel(model, tokenizer, prompts, routing, temperature, guidance, ste
         confidence = (confidence + CHOICE_NOISE * (1 - step / steps) * gumbel).masked_fill(~hidden, torch.inf)
         codes = torch.where(hidden, drawn + tokenizer.image_start, codes)
         n_mask = min(int(N * math.cos(math.pi * step / (2 * steps))), N - step)
-        if step < steps and n_mask > 0:
-            codes.scatter_(1, confidence.argsort(1)[:, :n_mask], tokenizer.mask_id)
+        if step == steps or n_mask <= 0:                   # nothing is hidden any more
+            break
+        codes.scatter_(1, confidence.argsort(1)[:, :n_mask], tokenizer.mask_id)
     return (codes - tokenizer.image_start).view(count, h, w).cpu()
 
 

@@ -66,8 +66,8 @@ def cut_back(path: Path, step: int) -> None:
 class Clock:
     """Seconds of training steps alone: evaluating, drawing and saving happen while it is paused."""
 
-    def __init__(self, step: int):
-        self.start, self.step = time.perf_counter(), step
+    def __init__(self, step: int, device: torch.device):
+        self.start, self.step, self.device = time.perf_counter(), step, device
 
     def lap(self, step: int) -> float:
         """Seconds a step since the last lap."""
@@ -78,6 +78,8 @@ class Clock:
 
     @contextmanager
     def paused(self):
+        if self.device.type == "cuda":                     # what the device still has to do belongs to the steps
+            torch.cuda.synchronize(self.device)
         began = time.perf_counter()
         yield
         self.start += time.perf_counter() - began
@@ -131,8 +133,9 @@ def samples(model, tokenizer, drawn: list, asked: list, drawing: dict, path: Pat
     if drawn:
         sheet.append(generate_image(model, tokenizer, texts, **drawing))
     if asked:
-        sheet.append(tokenizer.image.decode(torch.stack([sample.codes for sample in asked])))
-        answers = generate_text(model, tokenizer, sheet[-1], [sample.question for sample in asked])
+        codes = torch.stack([sample.codes for sample in asked])
+        sheet.append(tokenizer.image.decode(codes))
+        answers = generate_text(model, tokenizer, codes, [sample.question for sample in asked])
         texts = texts + [f"{one.question} {answer} (right: {one.answer})" for one, answer in zip(asked, answers)]
     if not texts:
         return "no captions and no questions: nothing to show"

@@ -1,7 +1,7 @@
 """From a trained dense model to a Plan: which layers are redundant, for which task, and how much.
 
-ARank (UniMoD, arXiv 2502.06474): the rank of a layer's attention scores, A_h = (x W_Q,h)(x W_K,h)^T, mean over heads
-and samples. Divided by the sequence length it is rho in (0, 1]. High: little redundancy. Low: prune here. The rule:
+ARank (UniMoD, arXiv 2502.06474): the rank of a layer's attention scores, A_h = q_h k_h^T with queries and keys as attention
+takes them (biases, QK norm, rotary), before scale and mask; mean over heads and samples. Divided by the sequence length it is rho in (0, 1]. High: little redundancy. Low: prune here. The rule:
 
     layers switch from keep 1 to keep rho, in the order of rho / (the task's mean rho), the most redundant first,
     until the counted FLOPs meet the budget; the last one stops half-way, where the budget is met exactly.
@@ -12,7 +12,8 @@ is scaled down together. One number u moves through all of it, and bisection fin
 
 What counts as rank: with "energy" (the default) the number of singular values that hold 90 % of sum s^2; with "rank"
 the number above a tolerance times the largest. A numerical rank is mostly a choice of tolerance: at float32's own it is
-the head width for almost any trained layer.
+the head width for almost any trained layer. q k^T = Q_q (R_q R_k^T) Q_k^T, so its singular values are those of a d x d
+matrix, and no T x T one is made.
 
 Legend: B batch, T tokens, H heads, d head width, L layers.
 """
@@ -48,7 +49,8 @@ def arank(model: UnifiedTransformer, batch: Batch, task: str, measure: str = "en
         q, k, _ = block.attention.queries_keys_values(block.norm(x), context.rope)
         q, k = (t.float() * valid[:, None, :, None] for t in (q, k))         # padding adds no rank
         k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-        ranks = rank_of(torch.linalg.svdvals(q @ k.mT), measure, tolerance)  # (B, H)
+        r_q, r_k = (torch.linalg.qr(t, mode="r").R for t in (q, k))          # (B, H, d, d): q = Q_q R_q
+        ranks = rank_of(torch.linalg.svdvals(r_q @ r_k.mT), measure, tolerance)              # (B, H)
         rows.append((ranks.mean(1) / valid.sum(1)).mean())
         x, _ = model.layer(layer, x, task, context, "topk")
     return torch.stack(rows)
@@ -75,23 +77,24 @@ def switched(table: dict, u: float) -> Plan:
     return Plan({task: tuple(map(keep, row, relative[task])) for task, row in table.items()})
 
 
-def plan_from_arank(table: dict, config: ModelConfig, lengths: dict, budget: float) -> Plan:
+def plan_from_arank(table: dict, config: ModelConfig, lengths: dict, budget: float, counts: dict | None = None) -> Plan:
     """{task: L values rho} -> the largest Plan of the rule above whose training FLOPs meet the budget.
 
-    budget: FLOPs of the plan over FLOPs of dense, one sample of each task of `lengths` ({task: tokens}).
+    budget: FLOPs of the plan over FLOPs of dense, with counts[task] samples (None: one) of lengths[task] tokens each.
     ValueError for a budget that is not in (0, 1], values outside (0, 1], or a budget below what the head alone costs.
     """
     values = [value for row in table.values() for value in row]
     if not 0.0 < budget <= 1.0 or not values or not all(0.0 < float(value) <= 1.0 for value in values):
         raise ValueError(f"plan_from_arank: budget and ARank over length must lie in (0, 1], got {budget}, {values}")
     low, high = 0.0, 2.0
-    if flops_ratio(config, switched(table, high), lengths) > budget:
+    cost = lambda u: flops_ratio(config, switched(table, u), lengths, "train", counts)
+    if cost(high) > budget:
         raise ValueError(f"plan_from_arank: no plan reaches {budget} of the dense FLOPs, the head alone costs more")
     if budget == 1.0:
         return switched(table, low)
     for _ in range(40):
         middle = (low + high) / 2
-        within = flops_ratio(config, switched(table, middle), lengths) <= budget
+        within = cost(middle) <= budget
         low, high = (low, middle) if within else (middle, high)
     return switched(table, high)
 
@@ -107,16 +110,18 @@ def layer_switch(model: UnifiedTransformer, batches_by_task: dict, budget: float
 METHODS = ("unimod", "mod", "interleaved", "early_exit", "dense")
 
 
-def plan_for_budget(method: str, table: dict, config: ModelConfig, lengths: dict, budget: float) -> Plan:
+def plan_for_budget(method: str, table: dict, config: ModelConfig, lengths: dict, budget: float,
+                    counts: dict | None = None) -> Plan:
     """The plan of a method of the comparison; unimod and mod meet the budget, the others save what they save.
 
     mod: one shared router, one keep for all tasks on the odd layers (0 where even that is over the budget).
     """
     depth, tasks = config.n_layer, tuple(table)
     if method == "unimod":
-        return plan_from_arank(table, config, lengths, budget)
+        return plan_from_arank(table, config, lengths, budget, counts)
     if method == "mod":
-        fits = [k for k in range(1001) if flops_ratio(config, Plan.mod(depth, tasks, k / 1000), lengths) <= budget]
+        cost = lambda k: flops_ratio(config, Plan.mod(depth, tasks, k / 1000), lengths, "train", counts)
+        fits = [k for k in range(1001) if cost(k) <= budget]
         return Plan.mod(depth, tasks, max(fits, default=0) / 1000)
     plans = {"interleaved": Plan.interleaved, "early_exit": Plan.early_exit, "dense": Plan.dense}
     if method not in plans:

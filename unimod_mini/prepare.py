@@ -18,6 +18,7 @@ Legend: m pictures in a chunk, S pixels a side, h and w rows and columns of imag
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -45,6 +46,7 @@ from .vq import VQ, fit_vq, measure
 QUANTIZERS = {"vq": "nearest", "lfq": "lfq"}
 FIT, JUDGE = 20_000, 1000          # pictures that the codec is trained and judged on, at most
 BYTES = 256                        # text budget of ByteText unless given
+DEFAULTS = {"patch": 4, "codes": 1024, "width": 48, "vq_steps": 2000, "scenes": 20_000}      # of what not all jobs read
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -95,7 +97,10 @@ def by_split(chunks: Chunks) -> dict:
 def some_pictures(chunks: Chunks, numbers: list, n: int, seed: int) -> tuple[list, Tensor]:
     """At most n of the pictures with these numbers: their numbers, ascending, and uint8 (n, S, S, 3)."""
     numbers = sorted(Random(f"pictures {seed}").sample(numbers, min(n, len(numbers))))
-    return numbers, torch.stack([chunks.picture("pixels", number) for number in numbers])
+    images = torch.empty(len(numbers), *chunks.array("pixels", 0).shape[1:], dtype=torch.uint8)
+    for image, number in zip(images, numbers):
+        image.copy_(chunks.picture("pixels", number))
+    return numbers, images
 
 
 def make_codec(args, chunks: Chunks, train: list):
@@ -106,7 +111,7 @@ def make_codec(args, chunks: Chunks, train: list):
                  else load_codec(args.image))
         with whole_file(path, "wb") as file:
             torch.save(Tokenizer("showo", ByteText(), codec, (1, 1), 3).state(), file)
-        training.unlink(missing_ok=True)
+    training.unlink(missing_ok=True)                       # here: a kill behind codec.pt leaves it
     codec = load_codec(path)
     return codec.to(find_device(args.device)) if isinstance(codec, VQ) else codec
 
@@ -136,13 +141,13 @@ def write_codes(chunks: Chunks, codec) -> None:
     """Every chunk of pixels -> a chunk of codes."""
     with tqdm(desc="codes", unit="picture", total=chunks.starts[-1]) as bar:
         for chunk in range(len(chunks)):
-            images = torch.from_numpy(np.array(chunks.array("pixels", chunk)))
             if not chunks.path("codes", chunk).exists():
+                images = torch.from_numpy(np.array(chunks.array("pixels", chunk)))
                 side = images.shape[1] // codec.patch
                 codes = [codec.encode(part).cpu() for part in images.split(64) if len(part)]
                 codes = torch.cat(codes or [torch.zeros(0, side, side)])                     # (m, h, w)
                 chunks.save("codes", chunk, codes.numpy().astype(np.uint16 if codec.n_codes <= 2**16 else np.int32))
-            bar.update(len(images))
+            bar.update(chunks.starts[chunk + 1] - chunks.starts[chunk])
 
 
 def judge_codec(chunks: Chunks, codec, numbers: dict, out: Path, seed: int) -> dict:
@@ -152,7 +157,8 @@ def judge_codec(chunks: Chunks, codec, numbers: dict, out: Path, seed: int) -> d
         if those:
             those, images = some_pictures(chunks, those, JUDGE, seed)
             report = measure(images, codec)
-            results[split] = {name: round(x, 4) for name, x in report._asdict().items() if name != "seconds"}
+            results[split] = {name: round(x, 4) if x < math.inf else None            # JSON has no infinity
+                              for name, x in report._asdict().items() if name != "seconds"}
             print(f"{split:<6}{len(images)} pictures come back with a mean error of {report.error:.2f} of 255, psnr "
                   f"{report.psnr:.2f} dB; {report.usage:.1%} of {codec.n_codes} codes used, perplexity "
                   f"{report.perplexity:.0f}")
@@ -232,28 +238,47 @@ def parser() -> argparse.ArgumentParser:
     cli.add_argument("--backbone", choices=("showo", "emu3"), default="emu3", help="whose layouts (emu3)")
     cli.add_argument("--size", type=int, default=32, help="pixels a side (32)")
     cli.add_argument("--image", default="vq", help="vq or lfq (trained), palette (k-means), or a tokenizer.pt (vq)")
-    cli.add_argument("--patch", type=int, default=4, help="pixels a side that one code stands for (4)")
-    cli.add_argument("--codes", type=int, default=1024, help="how many codes (1024)")
-    cli.add_argument("--width", type=int, default=48, help="channels of the VQ (48)")
-    cli.add_argument("--vq-steps", type=int, default=2000, help="training steps of the VQ (2000)")
+    cli.add_argument("--patch", type=int, help="pixels a side that one code stands for (4)")
+    cli.add_argument("--codes", type=int, help="how many codes (1024)")
+    cli.add_argument("--width", type=int, help="channels of the VQ (48)")
+    cli.add_argument("--vq-steps", type=int, help="training steps of the VQ (2000)")
     cli.add_argument("--text", choices=("words", "bytes"), help="words of the data (emoji), or bytes (anything else)")
     cli.add_argument("--text-length", type=int, help="text budget; longer texts are left out (words: the longest; "
                                                      f"bytes: {BYTES})")
     cli.add_argument("--held", type=float, default=0.05, help="share that is held out (0.05)")
     cli.add_argument("--limit", type=int, help="the first so many entries; emoji: so many concepts")
-    cli.add_argument("--scenes", type=int, default=20_000, help="emoji: composed scenes (20000)")
+    cli.add_argument("--scenes", type=int, help="emoji: composed scenes (20000)")
     cli.add_argument("--image-root", help="questions: the folder of the pictures (that of the .json)")
     cli.add_argument("--seed", type=int, default=0, help="of the scenes, the codec and its training pictures (0)")
-    cli.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that read pictures (all cores)")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cli.add_argument("--workers", type=int, default=cores, help="processes that read pictures (all cores)")
     cli.add_argument("--device", help="cuda, mps or cpu for the VQ; found by itself when not given")
     return cli
 
 
+def fill_in(args) -> None:
+    """Sets the defaults of the options that were not given. ValueError for one that was given and is not read."""
+    questions = any(Path(source).suffix in (".json", ".jsonl") for source in args.sources)
+    for name, is_read, why in (
+            ("patch", args.image in (*QUANTIZERS, "palette"), f"{args.image} has its own"),
+            ("codes", args.image in (*QUANTIZERS, "palette"), f"{args.image} has its own"),
+            ("width", args.image in QUANTIZERS, f"--image {args.image} trains no VQ"),
+            ("vq_steps", args.image in QUANTIZERS, f"--image {args.image} trains no VQ"),
+            ("scenes", args.sources == ["emoji"], "only emoji has scenes"),
+            ("image_root", questions, "no source is a .json or .jsonl of questions")):
+        if getattr(args, name) is not None and not is_read:
+            raise ValueError(f"--{name.replace('_', '-')} has no effect: {why}")
+        if getattr(args, name) is None:
+            setattr(args, name, DEFAULTS.get(name))
+
+
 def check(args) -> None:
-    """ValueError, FileNotFoundError or ImportError for what would fail later."""
+    """ValueError, FileNotFoundError or ImportError for what would fail later; fills in what was not given."""
     for name in ("size", "patch", "codes", "width", "vq_steps", "workers", "limit", "text_length"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    stored = None if args.image in (*QUANTIZERS, "palette") else load_codec(args.image)
+    fill_in(args)
     if not 0 <= args.held < 1 or args.scenes < 0:
         raise ValueError(f"expected 0 <= --held < 1 and --scenes of 0 or more, got {args.held} and {args.scenes}")
     if args.sources == ["emoji"]:
@@ -265,8 +290,8 @@ def check(args) -> None:
             read_source(source, args.image_root)
     if args.image in QUANTIZERS:
         VQ(args.codes, args.patch, width=1, quantizer=QUANTIZERS[args.image])                # raises its own errors
-    elif args.image != "palette":
-        args.patch = load_codec(args.image).patch
+    elif stored:
+        args.patch = stored.patch
     if args.size % args.patch:
         raise ValueError(f"--size {args.size} does not divide into patches of {args.patch} pixels")
     find_device(args.device)
@@ -277,7 +302,9 @@ def begin(args, out: Path) -> dict:
     """Makes OUT, or takes it up again; returns the options that matter. FileExistsError when it holds something else,
     ValueError when it was begun with other options."""
     options = {name: value for name, value in vars(args).items() if name not in ("out", "workers", "device")}
-    options["image"] = options["image"] if args.image in (*QUANTIZERS, "palette") else str(Path(args.image).resolve())
+    resolved = lambda name, *words: name if name in words else str(Path(name).resolve())    # photos is ./photos
+    options |= {"image": resolved(args.image, *QUANTIZERS, "palette"), "image_root": args.image_root and resolved(
+        args.image_root), "sources": [resolved(source, "emoji") for source in args.sources]}
     settings = out / "work" / "options.json"
     if settings.exists() or (out / "dataset.json").exists():
         before = (json.loads(settings.read_text()) if settings.exists()
@@ -333,7 +360,7 @@ def main(argv=None) -> None:
         prepare(args)
     except KeyboardInterrupt:
         sys.exit("stopped: the same command goes on from here")
-    except (ValueError, FileNotFoundError, FileExistsError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
 
 

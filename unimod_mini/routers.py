@@ -208,9 +208,12 @@ def select_topk(scores: Tensor, keep: float, valid: Tensor | None = None, order:
         scores, k = scores.detach().masked_fill(~valid, -torch.inf), row_capacity(keep, valid, coming)
         k = torch.minimum(k, valid.sum(1, keepdim=True)) if coming else k
     ranked = best_first(scores, order)
+    if valid is None:
+        chosen = ranked[:, :k]
+        return chosen.sort(1).values, None, torch.zeros_like(scores, dtype=torch.bool).scatter_(1, chosen, True)
     best = (torch.arange(length, device=scores.device) < k).expand(batch, length)
     selected = torch.empty_like(best).scatter_(1, ranked, best)
-    return partition(selected)[:, :n_slot], None if valid is None else best[:, :n_slot], selected
+    return partition(selected)[:, :n_slot], best[:, :n_slot], selected
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -248,14 +251,15 @@ class TaskRouter(nn.Module):
         """x (B, T, D) -> Routing. rule: "topk" and "predicted" look at the whole sequence and take the best k by score or
         by predictor, "causal" decides token by token.
 
-        before: behind a cache, how many tokens earlier chunks had and how many of those this layer kept, (B, 1) each.
+        before: behind a cache, how many tokens earlier chunks had, (B, 1), and how many of those this layer kept, a list.
         """
-        with torch.autocast(x.device.type, enabled=False):  # bf16 scores would tie by the dozen
-            scores = self.score(x.to(self.score.weight.dtype)).squeeze(-1)                # r = R_t(x)   (B, T)
+        dtype = torch.promote_types(self.score.weight.dtype, torch.float32)   # bf16 scores would tie by the dozen
+        with torch.autocast(x.device.type, enabled=False):                    # r = R_t(x)               (B, T)
+            scores = F.linear(x.to(dtype), self.score.weight.to(dtype), self.score.bias.to(dtype)).squeeze(-1)
         # stop-gradient: the predictor's loss never moves the model                                      (B, T)
         logits = scores if self.predictor is None else self.predictor(x.detach()).squeeze(-1)
         if rule == "causal":
-            selected = self.causal_selection(scores, logits, task, keep, context, *([before] if before else []))
+            selected = self.causal_selection(scores, logits, task, keep, context, before)
             indices, live = (None, None) if before else slots(selected, int(selected.sum(1).max()))
             return Routing(indices, live, selected, scores, logits, None)
         k_best = lambda ranking: select_topk(ranking, keep, context.valid, context.order, context.coming)
@@ -268,7 +272,7 @@ class TaskRouter(nn.Module):
         threshold = getattr(self, f"threshold_{task}")
         return logits.to(threshold.dtype) > threshold
 
-    def causal_selection(self, scores, logits, task, keep, context, before=(0, 0)) -> Tensor:
+    def causal_selection(self, scores, logits, task, keep, context, before=None) -> Tensor:
         """(B, T) bool: token i is kept when predictor_i > threshold.
 
         Show-o generates an image in parallel, so in t2i a span ranks itself: of its own tokens it takes the top
@@ -279,12 +283,14 @@ class TaskRouter(nn.Module):
         selected = selected & valid
         if task != "t2i" or context.spans is None:
             return selected
+        length, counts = before or (0, [0] * len(scores))
+        counts = torch.tensor(counts, device=scores.device)[:, None]                      # (B, 1)
         number = span_number(context.spans, valid)
         for n in range(1, int(number.max()) + 1):          # one span a row in every layout: one round
             image = number == n
             earlier = image.cumsum(1) == 0
-            kept = before[1] + (selected & earlier).sum(1, keepdim=True)
-            budget = (row_capacity(keep, valid & (earlier | image), before[0]) - kept).clamp(min=0)
+            kept = counts + (selected & earlier).sum(1, keepdim=True)
+            budget = row_capacity(keep, valid & (earlier | image), length) - kept         # none is left when it is negative
             rank = descending_rank(scores, context.order, image)
             selected = (selected & ~image) | (image & (rank < budget))
         return selected
@@ -296,23 +302,21 @@ def predictor_loss(routing: Routing, valid: Tensor | None) -> Tensor:
     return loss.mean() if valid is None else (loss * valid).sum() / valid.sum().clamp(min=1)
 
 
-def gather_tokens(x: Tensor, indices: Tensor) -> Tensor:
-    """x (B, T, ..), indices (B, K) -> (B, K, ..): the picked tokens of every row."""
-    batch, length = x.shape[:2]
-    rows = x.reshape(batch * length, *x.shape[2:]).index_select(0, flat(indices, length))      # (B K, ..)
-    return rows.view(*indices.shape, *x.shape[2:])
-
-
-def add_tokens(x: Tensor, indices: Tensor, update: Tensor) -> Tensor:
-    """x_i <- x_i + update_i for the picked tokens, x_i <- x_i for the others. x (B, T, D), update (B, K, D).
-
-    scatter_add keeps the indices alone for the backward pass, one number a row (index_add would keep the update too).
-    """
-    batch, length, width = x.shape
-    row = flat(indices, length)[:, None].expand(-1, width)                     # (B K, D), a view of (B K,)
-    return x.reshape(-1, width).scatter_add(0, row, update.reshape(-1, width).to(x.dtype)).view(x.shape)
-
-
 def flat(indices: Tensor, length: int) -> Tensor:
-    """(B, K) token indices -> (B K,) row numbers of the (B T, ..) view."""
-    return (indices + length * torch.arange(indices.shape[0], device=indices.device)[:, None]).reshape(-1)
+    """(B, K) token indices -> (B, K) their places in the (B T, ..) view."""
+    return indices + length * torch.arange(indices.shape[0], device=indices.device)[:, None]
+
+
+def gather_tokens(x: Tensor, places: Tensor) -> Tensor:
+    """x (B, T, ..), places (B, K) of flat -> (B, K, ..): the picked tokens of every row."""
+    return x.flatten(0, 1).index_select(0, places.flatten()).view(*places.shape, *x.shape[2:])
+
+
+def add_tokens(x: Tensor, places: Tensor, update: Tensor) -> Tensor:
+    """x_i <- x_i + update_i for the picked tokens, x_i <- x_i for the others. x (B, T, D), places (B, K), update (B, K, D).
+
+    scatter_add keeps the places alone for the backward pass, one number a row (index_add would keep the update too).
+    """
+    width = x.shape[-1]
+    row = places.reshape(-1, 1).expand(-1, width)                              # (B K, D), a view of (B K,)
+    return x.reshape(-1, width).scatter_add(0, row, update.reshape(-1, width).to(x.dtype)).view(x.shape)

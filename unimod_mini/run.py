@@ -12,6 +12,7 @@ same on every rank, so every rank skips the same steps.
 Departure from the usual: the optimiser is not asked whether it may step, and no loss is read to find out.
 """
 
+import gc
 import math
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -26,7 +27,7 @@ from .checkpoints import named_tensors
 from .distributed import freeze_unused, local, reshard, synchronised, total, whole, wrap
 from .objectives import Objective, token_counts
 from .tokenizer import Batch
-from .trainer import clip_gradients, make_optimizers, precision
+from .trainer import Muon, clip_gradients, hidden_matrices, precision
 from .transformer import UnifiedTransformer
 
 
@@ -61,16 +62,22 @@ class Run:
     """
 
     def __init__(self, model, config, device: torch.device, lengths: dict, stage: str, step: int = 0, since: int = 0):
-        self.model, self.config, self.device, self.tasks = model, config, device, tuple(lengths)
-        self.stage, self.step, self.since = stage, step, since
-        freeze_unused(model, lengths)
-        prepare(model, config)
-        self.objective = Objective(model)
-        self.wrapped = wrap(self.objective, config.parallel, device)
-        self.optimizers = build_optimizers(model, config)
-        self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
-        self.average = {name: p.detach().clone() for name, p in model.named_parameters()} if config.ema else {}
+        self.config, self.device, self.lengths, self.tasks, self.step = config, device, lengths, tuple(lengths), step
         self.skipped = torch.zeros(2, device=device)                         # steps: in a row up to now, in all
+        self.enter(stage, model, since)
+
+    def enter(self, stage: str, model, since: int) -> None:
+        """Begin a stage with this model, its own optimisers and average. Those of the stage before are freed first."""
+        self.model = self.objective = self.wrapped = self.optimizers = self.average = None
+        gc.collect()                                       # FSDP's modules hold each other in cycles
+        self.stage, self.model, self.since = stage, model, since
+        freeze_unused(model, self.lengths)
+        prepare(model, self.config)
+        self.objective = Objective(model)
+        self.wrapped = wrap(self.objective, self.config.parallel, self.device)
+        self.optimizers = build_optimizers(model, self.config)
+        self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+        self.average = {name: p.detach().clone() for name, p in model.named_parameters()} if self.config.ema else {}
 
     def rate(self) -> float:
         """Factor of the peak rate: up over the stage's warm-up; in the last stage down to 0 by cosine or in a line.
@@ -147,13 +154,15 @@ class Run:
         """{name: tensor}, all of a checkpoint; loading writes into them."""
         return named_tensors(self.model, self.optimizers, average=self.average, count={"skipped": self.skipped})
 
-    def bare(self, average: bool) -> UnifiedTransformer:
-        """A copy of the (averaged) model without wrappers, on the CPU; all ranks call it. Takes no random number."""
+    def bare(self, average: bool, here: bool = True) -> UnifiedTransformer | None:
+        """A copy of the (averaged) model without wrappers, on the CPU. All ranks call it, those that want it `here` get it."""
         with self.averaged() if average else nullcontext():
-            weights = {name: tensor.clone() for name, tensor in whole(self.model.state_dict()).items()}
-        with torch.random.fork_rng(devices=[]):
+            weights = whole(self.model.state_dict(), here)
+        if not here:
+            return None
+        with torch.device("meta"):                         # takes no memory and no random number
             model = UnifiedTransformer(self.model.config, self.model.plan)
-        model.load_state_dict(weights)
+        model.load_state_dict(weights, assign=True)
         return model
 
 
@@ -164,17 +173,18 @@ def prepare(model, config) -> None:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False,
                                     preserve_rng_state=model.config.attention_dropout > 0)
     if config.compile:
-        torch._dynamo.config.recompile_limit = 64          # a graph for each task, block kind and length
+        # a graph for each task, block kind and length, with and without gradients; FSDP's blocks share one limit
+        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 64 + 8 * len(model.blocks)
         for module in model.blocks if config.parallel == "fsdp" else [model]:
             module.compile(dynamic=False)
 
 
 def build_optimizers(model, config) -> list:
-    """Fused AdamW, norms and biases without decay; or Muon on the matrices of the blocks, AdamW on the rest."""
-    adamw = {"betas": (0.9, 0.95), "weight_decay": config.weight_decay, "fused": True}
-    if config.optimizer == "muon":
-        return make_optimizers(model, config.muon_lr, config.lr, **adamw)
-    moved = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in moved if p.ndim > 1]},
-              {"params": [p for p in moved if p.ndim < 2], "weight_decay": 0.0}]
-    return [torch.optim.AdamW(groups, lr=config.lr, **adamw)]
+    """Fused AdamW, norms and biases without decay; or Muon on the matrices of the blocks, that AdamW on the rest."""
+    hidden = hidden_matrices(model) if config.optimizer == "muon" else []
+    taken = set(map(id, hidden))
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
+    groups = [{"params": [p for p in rest if p.ndim > 1], "weight_decay": config.weight_decay},
+              {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
+    return [Muon(hidden, config.muon_lr), adamw] if hidden else [adamw]

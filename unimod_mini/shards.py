@@ -72,7 +72,7 @@ def text_columns(tokenizer: Tokenizer, task: str) -> int:
 # Writing
 # --------------------------------------------------------------------------------------------------------------
 
-def write_shards(folder, tokenizer: Tokenizer, samples: dict, per_shard: int = 2**16, about=None) -> dict:
+def write_shards(folder, tokenizer: Tokenizer, samples: dict, per_shard: int = 2**20, about=None) -> dict:
     """Write a whole data set; what an interrupted call left is written anew.
 
     samples: {split: {task: iterable of Sample or (question, answer, codes)}}, read once and never held; about: a dict

@@ -17,7 +17,7 @@ import tarfile
 from pathlib import Path
 from typing import NamedTuple
 
-from .data import METADATA, _parse_line, check_row, read_image
+from .data import METADATA, _parse_line, check_row, cut, read_image
 
 DESCRIBE = "describe ?"
 SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
@@ -95,10 +95,13 @@ def captions_csv(folder: Path):
     """captions.csv, row by row; ValueError when the columns are not named."""
     with open(folder / "captions.csv", newline="", encoding="utf-8-sig", errors="replace") as file:
         table = csv.DictReader(file)
-        if not {"file_name", "text"} <= set(table.fieldnames or ()):
-            raise ValueError(f"{folder / 'captions.csv'}: the first line must name the columns file_name and text, it "
-                             f"has {table.fieldnames}")
-        yield from rows_of(((f"captions.csv, line {table.line_num}", row) for row in table), folder, check_row)
+        try:
+            if not {"file_name", "text"} <= set(table.fieldnames or ()):
+                raise ValueError(f"{folder / 'captions.csv'}: the first line must name the columns file_name and text, "
+                                 f"it has {cut(str(table.fieldnames))}")
+            yield from rows_of(((f"captions.csv, line {table.line_num}", row) for row in table), folder, check_row)
+        except csv.Error as error:
+            yield Skipped(f"captions.csv, line {table.line_num + 1}", f"the rest of it cannot be read ({error})")
 
 
 def webdataset(tar: Path):
@@ -126,13 +129,19 @@ def tar_sample(tar: Path, archive, key: str, parts: dict):
     picture = next((parts[suffix] for suffix in SUFFIXES if suffix in parts), None)
     if picture is None:
         return Skipped(key, f"no picture among .{', .'.join(parts)}")
-    read = lambda suffix: archive.extractfile(parts[suffix]).read().decode("utf-8", errors="replace")
-    text = read("txt").strip() if "txt" in parts else ""
+    read = lambda suffix: archive.extractfile(parts[suffix]).read()
+    try:
+        text = read("txt").decode().strip() if "txt" in parts else ""
+    except UnicodeDecodeError:
+        return Skipped(key, "its .txt is not UTF-8")
     if not text and "json" in parts:
         try:
-            text = str(json.loads(read("json")).get("caption") or "").strip()
+            text = json.loads(read("json")).get("caption") or ""
         except (ValueError, AttributeError):
             return Skipped(key, "its .json is no JSON object")
+        if not isinstance(text, str):
+            return Skipped(key, f'the "caption" in its .json must be a text, not {cut(repr(text))}')
+        text = text.strip()
     return captioned(key, Slice(tar, picture.offset_data, picture.size), text) if text else Skipped(key, "no caption")
 
 
@@ -159,13 +168,17 @@ def conversation(entry, root: Path, where: str):
     try:
         entry = json.loads(entry) if isinstance(entry, bytes) else entry
         picture, _ = check_row({"file_name": entry.get("image"), "text": "-"}, root, where)
-        said = [(turn["from"], turn["value"].replace("<image>", "").strip()) for turn in entry["conversations"]]
-    except (ValueError, FileNotFoundError, LookupError, TypeError, AttributeError) as error:
+        said = [(str(turn["from"]), turn["value"].replace("<image>", "").strip()) for turn in entry["conversations"]]
+    except (ValueError, FileNotFoundError) as error:
         return Skipped(where, f"{error}".removeprefix(f"{where}: ").replace('"file_name"', '"image"'))
+    except (LookupError, TypeError, AttributeError):
+        return Skipped(where, 'needs "conversations", a list of {"from": .., "value": text}')
     asked, answered = said[::2], said[1::2]
     fits = {who for who, _ in asked} <= {"human", "user"} and {who for who, _ in answered} <= {"gpt", "assistant"}
     if not said or len(said) % 2 or not fits:
-        return Skipped(where, f"turns must go human, gpt, human, gpt: not {', '.join(str(who) for who, _ in said)}")
+        return Skipped(where, f"turns must go human, gpt, human, gpt: not {cut(', '.join(who for who, _ in said))}")
+    if not all(answer for _, answer in answered):
+        return Skipped(where, "an answer is empty")
     texts = [("mmu", question, answer) for (_, question), (_, answer) in zip(asked, answered)]
     return Item(picture.relative_to(root).as_posix(), picture, texts)
 

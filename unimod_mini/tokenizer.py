@@ -84,9 +84,11 @@ class Palette:
         """
         if n_codes < 1 or patch < 1:
             raise ValueError(f"Palette.fit: n_codes and patch must be at least 1, got {n_codes} and {patch}")
-        vectors = cut_patches(images, patch).flatten(0, 2)                   # (M, 3 p p)
+        h, w = cut_patches(images[:1], patch).shape[1:3]                     # raises what does not fit
+        patches = images.unflatten(2, (w, patch)).unflatten(1, (h, patch)).transpose(2, 3)   # a view (B, h, w, p, p, 3)
         generator = torch.Generator().manual_seed(seed)
-        vectors = vectors[torch.randperm(len(vectors), generator=generator)[:50_000]]
+        chosen = torch.randperm(len(images) * h * w, generator=generator)[:50_000]
+        vectors = patches[torch.unravel_index(chosen, patches.shape[:3])].flatten(1).float()           # (M, 3 p p)
         centres = vectors.unique(dim=0)
         centres = centres[torch.randperm(len(centres), generator=generator)[:n_codes]]
         for _ in range(rounds):

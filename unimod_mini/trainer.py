@@ -30,7 +30,8 @@ def find_device(name: str | None = None) -> torch.device:
 def precision(device: torch.device):
     """bf16 autocast where the hardware multiplies bf16 (CUDA, CPUs with AVX512-BF16), else float32."""
     on_cpu = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    fast = device.type == "cuda" or (device.type == "cpu" and on_cpu())
+    fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
+            device.type == "cpu" and on_cpu())
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast)
 
 
@@ -87,16 +88,17 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_add_(params, updates, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
 
-def make_optimizers(model: nn.Module, lr: float = 0.01, lr_rest: float = 2e-3, **adamw) -> list:
-    """Muon on the hidden matrices of the blocks, AdamW on everything else (embeddings, head, norms, routers).
+def hidden_matrices(model: nn.Module) -> list:
+    """The weights that Muon is for: the matrices of the blocks."""
+    return [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
 
-    adamw: keyword arguments of AdamW instead of those of the toy.
-    """
-    hidden = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
-    ids = {id(p) for p in hidden}
+
+def make_optimizers(model: nn.Module, lr: float = 0.01, lr_rest: float = 2e-3) -> list:
+    """Muon on the matrices of the blocks, AdamW on everything else (embeddings, head, norms, routers)."""
+    hidden = hidden_matrices(model)
+    ids = set(map(id, hidden))
     rest = [p for p in model.parameters() if id(p) not in ids]
-    adamw = {"betas": (0.9, 0.99), "weight_decay": 0.01} | adamw
-    return [Muon(hidden, lr), torch.optim.AdamW(rest, lr=lr_rest, **adamw)]
+    return [Muon(hidden, lr), torch.optim.AdamW(rest, lr=lr_rest, betas=(0.9, 0.99), weight_decay=0.01)]
 
 
 def learning_rate(step: int, steps: int, warmup: int = 20, decay: float = 0.0) -> float:
@@ -146,6 +148,22 @@ def predicted_tokens(batch, task: str) -> torch.Tensor:
     return valid & (batch.spans == 0) if task == "t2i" and batch.spans is not None else valid
 
 
+LOGITS = 2**28                     # a gigabyte of float32
+
+
+def decisions(model: UnifiedTransformer, batch, task: str, rule: str) -> tuple[list, list]:
+    """By layer, membership logits and selected tokens, (B, T) each, None where nothing is routed.
+
+    So many sequences at a time that the model's own logits, (.., T, V), are LOGITS numbers at most.
+    """
+    rows = max(1, LOGITS // (batch.ids.shape[1] * model.config.vocab_size))
+    pieces = [model(**type(batch)(*part).inputs(), task=task, routing=rule).routing
+              for part in zip(*([None] * -(-len(batch.ids) // rows) if t is None else t.split(rows) for t in batch))]
+    layers = [None if layer[0] is None else layer for layer in zip(*pieces)]
+    return tuple([None if layer is None else torch.cat([getattr(routing, name) for routing in layer]) for layer in layers]
+                 for name in ("predictor", "selected"))
+
+
 @inference
 def calibrate(model: UnifiedTransformer, batches: dict) -> None:
     """Set every threshold so that, on these batches ({task: Batch}), causal routing keeps as many tokens as top-k.
@@ -157,18 +175,18 @@ def calibrate(model: UnifiedTransformer, batches: dict) -> None:
     """
     for task, batch in batches.items():
         asked = predicted_tokens(batch, task)
-        topk = model(**batch.inputs(), task=task).routing
+        _, topk = decisions(model, batch, task, "topk")
         for layer, target in enumerate(topk):
             if target is None or not asked.any():
                 continue
-            logits = model(**batch.inputs(), task=task, routing="causal").routing[layer].predictor[asked].float()
+            logits = decisions(model, batch, task, "causal")[0][layer][asked].float()
             if not logits.isfinite().all():
                 raise ValueError(f"calibrate: membership logits of layer {layer} for {task} are not finite")
             scores, group = logits.unique(return_counts=True)                                # ascending
             edges = torch.cat((scores[:1] - 2, scores, scores[-1:] + 2))     # thresholds lie between neighbours
             kept = logits.numel() - torch.cat((group.new_zeros(1), group.cumsum(0)))
             apart = edges.diff() > 1e-4 * (scores[-1] - scores[0])
-            best = (kept - target.selected[asked].sum()).abs().masked_fill(~apart, kept[0] + 1).argmin()
+            best = (kept - target[asked].sum()).abs().masked_fill(~apart, kept[0] + 1).argmin()
             threshold = model.router(layer, task).get_buffer(f"threshold_{task}")
             threshold.copy_((edges[best] + edges[best + 1]) / 2)
             if threshold >= edges[best + 1]:               # in bf16 the middle may round onto the score above

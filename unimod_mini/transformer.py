@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .routers import GATES, MEMBERSHIP_WEIGHT, TASKS, Plan, TaskRouter, add_tokens, gather_tokens, tie_order
+from .routers import GATES, MEMBERSHIP_WEIGHT, TASKS, Plan, TaskRouter, add_tokens, flat, gather_tokens, tie_order
 
 
 @dataclass(frozen=True)
@@ -147,8 +147,13 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 # The block
 # --------------------------------------------------------------------------------------------------------------
 
+EXPANDED = ("cuda",)   # devices on which torch has no fast kernel for grouped keys under a mask: keys are repeated
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False, dropout: float = 0.0):
     """softmax(q k^T / sqrt(d) + mask) v in the dtype of q: q (B, H, T, d), k and v (B, G, T', d) -> (B, H, T, d)."""
+    if mask is not None and q.device.type in EXPANDED:
+        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) if q.shape[1] > k.shape[1] else t for t in (k, v))
     with torch.autocast(q.device.type, enabled=False):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout,
                                               enable_gqa=q.shape[1] != k.shape[1])
@@ -348,19 +353,19 @@ class UnifiedTransformer(nn.Module):
         indices, live = decision.indices, decision.live
         if indices.shape[1] == 0:                                                          # K rounds to nothing
             return x, decision
-        x_kept, rope = gather_tokens(x, indices), gather_tokens(context.rope, indices)     # (B, K, D), (B, K, 2, r)
+        places = flat(indices, x.shape[1])                                                 # (B, K) of (B T,)
+        x_kept, rope = gather_tokens(x, places), gather_tokens(context.rope, places)       # (B, K, D), (B, K, 2, r)
         gate = GATES[self.config.gate](decision.scores.gather(1, indices))                 # (B, K)
         update = gate[..., None] * block(x_kept, rope, self.subset_mask(context, indices, live))
         if live is not None:
             update = update.masked_fill(~live[..., None], 0.0)                             # a spare slot writes nothing
-        return add_tokens(x, indices, update), decision
+        return add_tokens(x, places, update), decision
 
     def cached_layer(self, layer: int, x: Tensor, task: str, context: Context, cache):
         """The same behind a cache: the selected tokens alone, packed row by row to (1, N, D), whatever their number."""
         keep, own, decision, token = self.plan.keep[task][layer], cache.layers[layer], None, cache.valid_tokens
         if keep < 1.0:
-            before = cache.n_valid, torch.tensor(own.counts, device=x.device)[:, None]
-            decision = self.router(layer, task)(x, task, keep, context, "causal", before)
+            decision = self.router(layer, task)(x, task, keep, context, "causal", (cache.n_valid, own.counts))
             token = decision.selected.nonzero(as_tuple=True)                               # rows (N,), columns (N,)
         if len(token[0]) == 0:
             return x, decision
@@ -369,7 +374,8 @@ class UnifiedTransformer(nn.Module):
         def pack(y):                                                                       # (B, T, ..) -> (N, ..)
             return y.flatten(0, 1) if everyone else y[token]
 
-        own.begin(token[0], pack(context.positions), None if context.spans is None else pack(context.spans),
+        rows = cache.valid_rows if decision is None else token[0].tolist()
+        own.begin(token[0], rows, pack(context.positions), None if context.spans is None else pack(context.spans),
                   single=x.shape[1] == 1)
         packed = pack(x)
         update = self.blocks[layer](packed[None], pack(context.rope)[None], None, own)[0]  # (N, D)
@@ -395,7 +401,8 @@ class UnifiedTransformer(nn.Module):
         plain = cache is not None or (counted and valid is None and spans is None)
         mask = None if plain else attention_mask(positions, spans, valid)
         rope = rotary(positions, self.config.rope_dims, self.config.rope_theta)
-        ranks = cache is None or spans is not None         # a cache without spans leaves every decision to predictors
+        # a dense model ranks nothing, a cache without spans leaves every decision to predictors
+        ranks = any(map(self.plan.routed, range(self.plan.n_layer))) and (cache is None or spans is not None)
         order = tie_order(*ids.shape, valid, ids.device, before) if ranks else None
         return Context(positions, spans, valid, order, rope, mask, counted, coming)
 

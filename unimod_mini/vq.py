@@ -186,9 +186,13 @@ def load_training(path, vq: VQ, optimizer, generator: torch.Generator) -> int:
 
 def measure(images: Tensor, vq: VQ, seconds: float = 0.0) -> VQReport:
     """Reconstruct uint8 images (B, H, W, 3), count the codes; ValueError if they do not fit."""
-    codes = torch.cat([vq.encode(part) for part in images.split(64)])
-    miss = torch.cat([vq.decode(part) for part in codes.split(64)]).cpu().float() - images.cpu()
-    psnr = 10 * torch.log10(255**2 / miss.square().mean())  # 10 log10(255^2 / MSE)
-    counts = torch.bincount(codes.flatten(), minlength=vq.n_codes)
+    absolute, square, counts = 0, 0, torch.zeros(vq.n_codes, dtype=torch.long)
+    for part in images.split(64):  # sums of whole numbers: the pieces change no figure
+        codes = vq.encode(part)
+        miss = vq.decode(codes).cpu().int() - part.cpu()
+        absolute, square = absolute + miss.abs().sum(), square + miss.square().sum()
+        counts += torch.bincount(codes.flatten(), minlength=vq.n_codes).cpu()
+    error = absolute / images.numel()
+    psnr = 10 * torch.log10(255**2 * images.numel() / square)  # 10 log10(255^2 / MSE)
     usage, perplexity = (counts > 0).float().mean(), entr(counts / counts.sum()).sum().exp()
-    return VQReport(*(x.item() for x in (miss.abs().mean(), psnr, usage, perplexity)), seconds)
+    return VQReport(*(x.item() for x in (error, psnr, usage, perplexity)), seconds)
