@@ -35,7 +35,7 @@ def test_the_methods_of_the_comparison():
     lengths = {"t2i": 90, "mmu": 100}
     plans = {name: choices.variant("method", name, table, config, lengths, 0.6) for name in choices.FIELDS["method"]}
     saved = {name: 1 - choices.flops_ratio(config, plan, lengths, "train") for name, (plan, changes) in plans.items()}
-    assert saved["unimod"] == pytest.approx(0.4, abs=1e-3) == saved["mod"] and saved["dense"] == 0
+    assert saved["unimod"] == pytest.approx(0.4, abs=5e-3) == saved["mod"] and saved["dense"] == 0
     assert plans["one router"][0] == choices.Plan(plans["unimod"][0].keep, shared_router=True) != plans["unimod"][0]
     assert plans["mod"][0].shared_router and 0 < saved["early_exit"] < saved["interleaved"]
     plan, changes = choices.variant("gate", "tanh", table, config, lengths, 0.6)

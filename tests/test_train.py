@@ -283,10 +283,10 @@ class Recorder:
         self.options.append(options)
         return tokenizer.image.decode(torch.stack([self.codes.pop(0) for _ in prompts]))
 
-    def generate_text(self, model, tokenizer, images, questions, **options):
+    def generate_text(self, model, tokenizer, pictures, questions, **options):
         self.options.append(options)
         answers, codes = zip(*(self.answers.pop(0) for _ in questions))
-        assert torch.equal(tokenizer.image.encode(images), torch.stack(codes))
+        assert torch.equal(pictures, torch.stack(codes))
         return list(answers)
 
 

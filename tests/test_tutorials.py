@@ -1,4 +1,4 @@
-"""Every python block of tutorials/*.md runs, in order, and prints what the page says.
+"""Every python block of README.md and tutorials/*.md runs, in order, and prints what the page says.
 
 The ```text block after a ```python block is its output; a python block without one prints nothing. A page runs in an
 empty folder, as if that were the root of the repository. `python tests/test_tutorials.py --rewrite` writes the
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted((ROOT / "tutorials").glob("*.md"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "tutorials").glob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n*^```text\n(.*?)^```\n)?", re.DOTALL | re.MULTILINE)
 NUMBER = re.compile(r"(-?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?)")
 

@@ -240,7 +240,7 @@ def parallel_model(model, batch, routing: str, n: int):
 
 def parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser("python -m unimod_mini.generate", description="Draw a prompt or answer a question.")
-    out.add_argument("--checkpoint", required=True, help="what train_toy.py wrote, OUT/checkpoint.pt")
+    out.add_argument("--checkpoint", required=True, help="OUT/checkpoint.pt of train_toy.py, or OUT/model.pt of train_full.py")
     out.add_argument("--prompt", help="draw this, in the terminal and as a PNG")
     out.add_argument("--image", help="a picture file to answer --question on")
     out.add_argument("--question", help='such as "what color is the ring ?"')

@@ -61,7 +61,8 @@ def layer_activations(config: ModelConfig, keep: float, T: int, spans: bool, pad
         return predictor
     scores = FLOAT * (T * D + T) + predictor               # x, and r, from which K are gathered
     gate = FLOAT * K * (D + 1 + (config.gate != "linear"))                         # u, g, and tanh or sigmoid
-    indices = INDEX * (T + 2 * K) + (K if padded else 0)   # slots (a view of T), flat ones to gather and to add; live
+    # slots (with padding a view of all T), their places in the batch to gather and to add, live
+    indices = INDEX * ((T if padded else K) + K) + (K if padded else 0)
     angles = FLOAT * K * 2 * config.rope_dims
     return scores + gate + indices + angles + block_activations(config, K, spans)
 
