@@ -234,7 +234,7 @@ def report_predictors(predictor: dict) -> None:
     print("\nmembership" + "".join(f"{name.removeprefix('capacity_'):>11}" for name in names))
     for row in [*predictor["by_layer"], {"task": "mean", "layer": ""} | predictor]:
         print(f"{row['task']:<6}{row['layer']:>4}" + "".join(f"{row[name]:>11.3f}" for name in names))
-    print("accuracy against top-k beside the commoner answer's base rate; share of tokens kept: trained (top-k), realised "
+    print("accuracy against top-k beside the majority's base rate; share of tokens kept: trained (top-k), realised "
           "(causal)\n")
 
 

@@ -1,6 +1,6 @@
 """Which method, which gate, who decides membership? One dense model goes on with each choice, on the same data.
 
-    python benchmarks/choices.py method [--backbone emu3] [--steps 1000] [--scenes 504] [--seed 0] [--dense FILE]
+    python benchmarks/choices.py method [--backbone emu3] [--steps 1000] [--more 500] [--scenes 504] [--dense FILE]
     python benchmarks/choices.py gate
     python benchmarks/choices.py membership
 
@@ -33,7 +33,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("field", choices=FIELDS)
     parser.add_argument("--backbone", choices=("showo", "emu3"), default="emu3")
-    parser.add_argument("--steps", type=int, default=400, help="of the dense model; half as many for each choice")
+    parser.add_argument("--steps", type=int, default=400, help="of the dense model")
+    parser.add_argument("--more", type=int, help="steps of each choice; half of --steps when not given")
     parser.add_argument("--scenes", type=int, default=252)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dense", help="a file for the dense model")
@@ -53,16 +54,17 @@ def main() -> None:
         toy.train(dense, data(0, *sizes), args.steps, 0.0, device, "dense", setting["mmu_weight"])
         if args.dense:
             save_checkpoint(args.dense, dense, steps=args.steps)
+    more = args.more or args.steps // 2
     samples = {task: batch.to(device) for task, batch in data(1, 20, 50)().items()}
     lengths, table = {task: tokenizer.length(task) for task in samples}, arank_table(dense, samples)
     drawing = {"temperature": setting["temperature"], "guidance": setting["guidance"], "steps": setting["draw_steps"]}
-    print(f"{args.backbone}, seed {args.seed}, {args.steps} dense steps, then {args.steps // 2} more of each, {args.scenes} "
+    print(f"{args.backbone}, seed {args.seed}, {args.steps} dense steps, then {more} more of each, {args.scenes} "
           "scenes a task\nsaved: training FLOPs; ce: cross-entropy; t2i, mmu: accuracies; c.: causal routing, else top-k; "
           "agreement: of membership with top-k\n" + f"{args.field:<12}" + "".join(f"{name:>12}" for name in NAMES), flush=True)
     for choice in FIELDS[args.field]:
         plan, changes = variant(args.field, choice, table, dense.config, lengths, setting["budget"])
         model, fresh = dense.with_plan(plan, **changes), data(2, *sizes)
-        toy.train(model, fresh, args.steps // 2, 0.7, device, choice, setting["mmu_weight"])
+        toy.train(model, fresh, more, 0.7, device, choice, setting["mmu_weight"])
         values = [1 - flops_ratio(dense.config, plan, lengths, "train"),
                   *judge(model, fresh, world, args.scenes, args.seed, drawing, device)]
         print(f"{choice:<12}" + "".join(f"{value:>12.3f}" for value in values), flush=True)

@@ -197,7 +197,7 @@ def calibrate(model: UnifiedTransformer, batches: dict) -> None:
 def predictor_report(model: UnifiedTransformer, batches: dict) -> dict:
     """How well membership is predicted: means over the routed layers and tasks, and every one of them in "by_layer".
 
-    accuracy against top-k membership beside its base rate (always giving the commoner answer), precision and recall of
+    accuracy against top-k membership beside its base rate (always guessing the majority), precision and recall of
     "kept", and the share of tokens kept by top-k (capacity_trained) and by causal routing (capacity_realised).
     """
     rows = []

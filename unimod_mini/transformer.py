@@ -1,4 +1,4 @@
-"""The unified transformer: one decoder for text and images, in the two dialects that UniMoD was shown on.
+"""The unified transformer: one decoder for text and images, with the two backbones that UniMoD was shown on.
 
 "showo": Phi-style (Show-o, arXiv 2408.12528): parallel blocks x + attn(LN x) + mlp(LN x), LayerNorm, GELU, biases,
          rotary on part of each head, LayerNorm on queries and keys, image spans that see themselves in both directions.
