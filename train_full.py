@@ -256,7 +256,7 @@ def find_start(job: Job, given: Plan | None) -> tuple:
     facts = checkpoints.facts(path)
     free = FREE | (UNTIL_SWITCH if facts["stage"] == "dense" else set())
     changed = checkpoints.refuse_another(path, facts, job.about, free)
-    job.say(*(f"changed since {path.name}: {text}" for text in changed))
+    job.say(*(f"changed since {path.name}: {text}" for text in changed if not text.startswith("--resume")))
     if given is not None and given != Plan(**facts["plan"]):
         raise ValueError(f"{path} belongs to a run with another plan than {job.config.plan} has now")
     return path, facts
