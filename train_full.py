@@ -25,6 +25,7 @@ from unimod_mini import (METHODS, ModelConfig, Plan, UnifiedTransformer, arank_t
 from unimod_mini.distributed import Ranks, from_first, join, sigterm
 from unimod_mini.flops import flops_ratio
 from unimod_mini.journal import Clock, Journal, figures, line, samples
+from unimod_mini.layer_switch import least_cost
 from unimod_mini.objectives import TASK_WEIGHTS
 from unimod_mini.routers import TASKS
 from unimod_mini.run import Run, share_out, to_device
@@ -210,8 +211,7 @@ def begin(job: Job) -> Run:
     if missing := [task for task in job.counts if plan and task not in plan.tasks]:
         raise ValueError(f"--plan {config.plan} has no row for {', '.join(missing)}: add it, or set --{missing[0]} 0")
     if plan is None and config.dense < 1 and config.method == "unimod":
-        nothing = Plan(dict.fromkeys(job.lengths, (0.0,) * sizes.n_layer))
-        if (least := flops_ratio(sizes, nothing, job.lengths, "train", job.counts)) > config.budget:
+        if (least := least_cost(sizes, job.lengths, job.counts)) > config.budget:
             raise ValueError(f"--budget {config.budget} is out of reach: the head alone costs {least:.2f} of dense with "
                              f"{sizes.vocab_size} ids; a higher budget, a deeper preset, or a smaller vocabulary")
     torch.manual_seed(config.seed)                         # the same weights on every rank
@@ -256,7 +256,7 @@ def find_start(job: Job, given: Plan | None) -> tuple:
     facts = checkpoints.facts(path)
     free = FREE | (UNTIL_SWITCH if facts["stage"] == "dense" else set())
     changed = checkpoints.refuse_another(path, facts, job.about, free)
-    job.say(*(f"changed since {path.name}: {text}" for text in changed if not text.startswith("--resume")))
+    job.say(*(f"changed since {path.name}: {text}" for name, text in changed.items() if name != "resume"))
     if given is not None and given != Plan(**facts["plan"]):
         raise ValueError(f"{path} belongs to a run with another plan than {job.config.plan} has now")
     return path, facts

@@ -182,9 +182,9 @@ def identity(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def refuse_another(path: Path, then: dict, now: dict, free: set) -> list:
+def refuse_another(path: Path, then: dict, now: dict, free: set) -> dict:
     """ValueError when the facts `then` of a checkpoint are of other data, or of settings outside `free`, than `now`.
-    Returns what else has changed, in words."""
+    Returns what else has changed, {setting: in words}."""
     for name in ("shards", "tokenizer"):
         if then[name] != now[name]:
             raise ValueError(f"{path} was trained on other {name} than --data has: give the --data of that run, or "
@@ -195,7 +195,7 @@ def refuse_another(path: Path, then: dict, now: dict, free: set) -> list:
     if wrong := [text for name, text in told.items() if name not in free]:
         raise ValueError(f"{path} belongs to a run with other settings: {'; '.join(wrong)}. Give the same, or choose "
                          f"another --out (and --init {path}, to begin with its weights)")
-    return list(told.values())
+    return told
 
 
 def read(path: Path, tensors: dict, alone: bool = False) -> None:

@@ -99,7 +99,8 @@ def generate_text(model: UnifiedTransformer, tokenizer: Tokenizer, image: Tensor
     """Answer questions on pictures, free-running.
 
     image: uint8 pixels (H, W, 3) or long codes (h, w) with a str, a batch of either with a list of str. Returns a str, or
-    a list of them. Codes that are known need not be decoded: a VQ may code its own picture otherwise. An answer ends before the tokenizer's eot, any id of `stop`, or after max_tokens (default: the tokenizer's text budget).
+    a list of them. Codes that are known need not be decoded: a VQ may code its own picture otherwise. An answer ends
+    before the tokenizer's eot, any id of `stop`, or after max_tokens (default: the tokenizer's text budget).
     """
     check_sampling(temperature, top_k, top_p)
     single = isinstance(question, str)

@@ -1,7 +1,8 @@
 """From a trained dense model to a Plan: which layers are redundant, for which task, and how much.
 
-ARank (UniMoD, arXiv 2502.06474): the rank of a layer's attention scores, A_h = q_h k_h^T with queries and keys as attention
-takes them (biases, QK norm, rotary), before scale and mask; mean over heads and samples. Divided by the sequence length it is rho in (0, 1]. High: little redundancy. Low: prune here. The rule:
+ARank (UniMoD, arXiv 2502.06474): the rank of a layer's attention scores, A_h = q_h k_h^T with queries and keys as
+attention takes them (biases, QK norm, rotary), before scale and mask; mean over heads and samples. Divided by the
+sequence length it is rho in (0, 1]. High: little redundancy. Low: prune here. The rule:
 
     layers switch from keep 1 to keep rho, in the order of rho / (the task's mean rho), the most redundant first,
     until the counted FLOPs meet the budget; the last one stops half-way, where the budget is met exactly.
@@ -77,6 +78,11 @@ def switched(table: dict, u: float) -> Plan:
     return Plan({task: tuple(map(keep, row, relative[task])) for task, row in table.items()})
 
 
+def least_cost(config: ModelConfig, lengths: dict, counts: dict | None = None) -> float:
+    """Training FLOPs over dense when every layer is skipped: what the head alone costs, below which no plan gets."""
+    return flops_ratio(config, Plan(dict.fromkeys(lengths, (0.0,) * config.n_layer)), lengths, "train", counts)
+
+
 def plan_from_arank(table: dict, config: ModelConfig, lengths: dict, budget: float, counts: dict | None = None) -> Plan:
     """{task: L values rho} -> the largest Plan of the rule above whose training FLOPs meet the budget.
 
@@ -87,14 +93,13 @@ def plan_from_arank(table: dict, config: ModelConfig, lengths: dict, budget: flo
     if not 0.0 < budget <= 1.0 or not values or not all(0.0 < float(value) <= 1.0 for value in values):
         raise ValueError(f"plan_from_arank: budget and ARank over length must lie in (0, 1], got {budget}, {values}")
     low, high = 0.0, 2.0
-    cost = lambda u: flops_ratio(config, switched(table, u), lengths, "train", counts)
-    if cost(high) > budget:
+    if least_cost(config, lengths, counts) > budget:
         raise ValueError(f"plan_from_arank: no plan reaches {budget} of the dense FLOPs, the head alone costs more")
     if budget == 1.0:
         return switched(table, low)
     for _ in range(40):
         middle = (low + high) / 2
-        within = cost(middle) <= budget
+        within = flops_ratio(config, switched(table, middle), lengths, "train", counts) <= budget
         low, high = (low, middle) if within else (middle, high)
     return switched(table, high)
 

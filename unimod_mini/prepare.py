@@ -41,7 +41,7 @@ from .show import pillow, save_png
 from .sources import ACCEPTED, read_source
 from .tokenizer import ByteText, Palette, Tokenizer, WordText
 from .trainer import find_device
-from .vq import VQ, fit_vq, measure
+from .vq import VQ, measure, train_vq
 
 QUANTIZERS = {"vq": "nearest", "lfq": "lfq"}
 FIT, JUDGE = 20_000, 1000          # pictures that the codec is trained and judged on, at most
@@ -124,7 +124,7 @@ def fit_codec(args, chunks: Chunks, train: list, training: Path):
         return Palette.fit(images, args.codes, args.patch, seed=args.seed)
     torch.manual_seed(args.seed)
     vq = VQ(args.codes, args.patch, args.width, quantizer=QUANTIZERS[args.image]).to(find_device(args.device))
-    fit_vq(images, vq, args.vq_steps, args.seed, state=training)
+    train_vq(images, vq, args.vq_steps, args.seed, state=training)                  # judge_codec reports on it
     return vq
 
 

@@ -27,7 +27,7 @@ from .checkpoints import named_tensors
 from .distributed import freeze_unused, local, reshard, synchronised, total, whole, wrap
 from .objectives import Objective, token_counts
 from .tokenizer import Batch
-from .trainer import Muon, clip_gradients, hidden_matrices, precision
+from .trainer import Muon, clip_gradients, hidden_and_rest, precision
 from .transformer import UnifiedTransformer
 
 
@@ -174,17 +174,17 @@ def prepare(model, config) -> None:
                                     preserve_rng_state=model.config.attention_dropout > 0)
     if config.compile:
         # a graph for each task, block kind and length, with and without gradients; FSDP's blocks share one limit
-        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 64 + 8 * len(model.blocks)
+        limits, graphs = torch._dynamo.config, 64 + 8 * len(model.blocks)
+        limits.recompile_limit, limits.accumulated_recompile_limit = graphs, max(graphs, limits.accumulated_recompile_limit)
         for module in model.blocks if config.parallel == "fsdp" else [model]:
             module.compile(dynamic=False)
 
 
 def build_optimizers(model, config) -> list:
     """Fused AdamW, norms and biases without decay; or Muon on the matrices of the blocks, that AdamW on the rest."""
-    hidden = hidden_matrices(model) if config.optimizer == "muon" else []
-    taken = set(map(id, hidden))
-    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
-    groups = [{"params": [p for p in rest if p.ndim > 1], "weight_decay": config.weight_decay},
-              {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]
+    hidden, rest = hidden_and_rest(model) if config.optimizer == "muon" else ([], model.parameters())
+    moved = [p for p in rest if p.requires_grad]
+    groups = [{"params": [p for p in moved if p.ndim > 1], "weight_decay": config.weight_decay},
+              {"params": [p for p in moved if p.ndim < 2], "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
     return [Muon(hidden, config.muon_lr), adamw] if hidden else [adamw]

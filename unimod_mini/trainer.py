@@ -88,16 +88,17 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_add_(params, updates, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
 
-def hidden_matrices(model: nn.Module) -> list:
-    """The weights that Muon is for: the matrices of the blocks."""
-    return [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
+def hidden_and_rest(model: nn.Module) -> tuple[list, list]:
+    """The weights that Muon is for, the matrices of the blocks, and all others."""
+    hidden, rest = [], []
+    for name, p in model.named_parameters():
+        (hidden if name.startswith("blocks.") and p.ndim == 2 else rest).append(p)
+    return hidden, rest
 
 
 def make_optimizers(model: nn.Module, lr: float = 0.01, lr_rest: float = 2e-3) -> list:
     """Muon on the matrices of the blocks, AdamW on everything else (embeddings, head, norms, routers)."""
-    hidden = hidden_matrices(model)
-    ids = set(map(id, hidden))
-    rest = [p for p in model.parameters() if id(p) not in ids]
+    hidden, rest = hidden_and_rest(model)
     return [Muon(hidden, lr), torch.optim.AdamW(rest, lr=lr_rest, betas=(0.9, 0.99), weight_decay=0.01)]
 
 
@@ -203,17 +204,17 @@ def predictor_report(model: UnifiedTransformer, batches: dict) -> dict:
     rows = []
     for task, batch in batches.items():
         asked = predicted_tokens(batch, task)
-        topk = model(**batch.inputs(), task=task).routing
-        causal = model(**batch.inputs(), task=task, routing="causal").routing
+        logits, topk = decisions(model, batch, task, "topk")
+        _, causal = decisions(model, batch, task, "causal")
         for layer, (target, realised) in enumerate(zip(topk, causal)):
             if target is not None and asked.any():
-                kept = target.selected[asked]
-                said = model.router(layer, task).over_threshold(target.predictor[asked], task)
+                kept = target[asked]
+                said = model.router(layer, task).over_threshold(logits[layer][asked], task)
                 both, share = (kept & said).sum(), kept.float().mean()
                 values = {"accuracy": (said == kept).float().mean(), "base_rate": torch.maximum(share, 1 - share),
                           "precision": both / said.sum().clamp(min=1), "recall": both / kept.sum().clamp(min=1),
                           "capacity_trained": share,
-                          "capacity_realised": realised.selected[asked].float().mean()}
+                          "capacity_realised": realised[asked].float().mean()}
                 rows.append({"task": task, "layer": layer} | {k: round(v.item(), 4) for k, v in values.items()})
     names = ("accuracy", "base_rate", "precision", "recall", "capacity_trained", "capacity_realised")
     means = {name: round(sum(row[name] for row in rows) / len(rows), 4) if rows else 1.0 for name in names}

@@ -152,8 +152,9 @@ EXPANDED = ("cuda",)   # devices on which torch has no fast kernel for grouped k
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False, dropout: float = 0.0):
     """softmax(q k^T / sqrt(d) + mask) v in the dtype of q: q (B, H, T, d), k and v (B, G, T', d) -> (B, H, T, d)."""
-    if mask is not None and q.device.type in EXPANDED:
-        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) if q.shape[1] > k.shape[1] else t for t in (k, v))
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and mask is not None and q.device.type in EXPANDED:
+        k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
     with torch.autocast(q.device.type, enabled=False):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout,
                                               enable_gqa=q.shape[1] != k.shape[1])

@@ -141,14 +141,21 @@ class VQ(nn.Module):
 
 
 def fit_vq(images: Tensor, vq: VQ, steps: int, seed=0, batch=32, progress=True, state=None) -> VQReport:
-    """Train vq in place on uint8 images (B, H, W, 3) and report on those same images. seed fixes
-    batches and restarts; the first weights are those of vq, the global generator is left alone.
+    """train_vq, and a report on those same images."""
+    start = time.perf_counter()
+    train_vq(images, vq, steps, seed, batch, progress, state)
+    return measure(images, vq, time.perf_counter() - start)
+
+
+def train_vq(images: Tensor, vq: VQ, steps: int, seed=0, batch=32, progress=True, state=None) -> None:
+    """Train vq in place on uint8 images (B, H, W, 3). seed fixes batches and restarts; the first
+    weights are those of vq, the global generator is left alone.
     state: a file that the training is written to every SAVE_EVERY steps; if it is there, training
     goes on from it, with the same arguments to the same weights.
     Raises ValueError for images that do not fit, steps < 1 or batch < 1."""
     vq.pixels(images[:1] if images.ndim == 4 else images)  # fail before the training, not in it
     require(min(steps, batch) > 0, f"steps {steps}, batch {batch}: expected 1 or more of each")
-    generator, start = torch.Generator().manual_seed(seed), time.perf_counter()
+    generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(vq.parameters(), betas=(0.9, 0.95))
     done = load_training(state, vq, optimizer, generator) if state and Path(state).exists() else 0
     for step in (bar := tqdm(range(done, steps), "fit vq", steps, initial=done, disable=not progress)):
@@ -166,7 +173,6 @@ def fit_vq(images: Tensor, vq: VQ, steps: int, seed=0, batch=32, progress=True, 
         bar.set_postfix(loss=f"{loss.item():.3f}")
         if state and (step + 1) % SAVE_EVERY == 0:
             save_training(state, step + 1, vq, optimizer, generator)
-    return measure(images, vq, time.perf_counter() - start)
 
 
 def save_training(path, done: int, vq: VQ, optimizer, generator: torch.Generator) -> None:
