@@ -4,9 +4,9 @@
     python benchmarks/choices.py gate
     python benchmarks/choices.py membership
 
-method: UniMoD, its plan with one router for both tasks, and the methods of the paper's comparison. unimod and mod meet the
-budget of train_toy.py, interleaved and early_exit save what they save, dense nothing. gate, membership: the values of the
-config field, all with UniMoD's plan.
+method: UniMoD; the same keep ratios for the layers in the order of what the loss gains from each, instead of ARank's order;
+its plan with one router for both tasks; and the methods of the paper's comparison. The first three and mod meet the budget of train_toy.py, interleaved and
+early_exit save what they save, dense nothing. gate, membership: the values of the config field, all with UniMoD's plan.
 
 For each choice, on fresh data: the losses of both tasks and free-running accuracies, with top-k and with causal routing,
 how often membership agrees with top-k, and its base rate. --dense keeps the dense model in this file and takes it, and
@@ -21,58 +21,94 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import train_toy as toy  # noqa: E402
 from unimod_mini import (METHODS, Plan, arank_table, calibrate, flops_ratio, load_checkpoint,  # noqa: E402
                          plan_for_budget, predictor_report, save_checkpoint)
+from unimod_mini.analysis import layer_importance  # noqa: E402
 from unimod_mini.evaluate import evaluate  # noqa: E402
 from unimod_mini.objectives import cross_entropy  # noqa: E402
 from unimod_mini.routers import GATES, MEMBERSHIP_WEIGHT  # noqa: E402
 
-FIELDS = {"gate": tuple(GATES), "membership": tuple(MEMBERSHIP_WEIGHT), "method": ("unimod", "one router", *METHODS[1:])}
+FIELDS = {"gate": tuple(GATES), "membership": tuple(MEMBERSHIP_WEIGHT), "method": ("unimod", "by loss", "one router", *METHODS[1:])}
 NAMES = ("saved", "ce t2i", "ce t2i c.", "ce mmu", "ce mmu c.", "t2i", "t2i c.", "mmu", "mmu c.", "agreement", "base rate")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("field", choices=FIELDS)
-    parser.add_argument("--backbone", choices=("showo", "emu3"), default="emu3")
-    parser.add_argument("--steps", type=int, default=400, help="of the dense model")
-    parser.add_argument("--more", type=int, help="steps of each choice; half of --steps when not given")
-    parser.add_argument("--scenes", type=int, default=252)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dense", help="a file for the dense model")
-    args = parser.parse_args()
-    setting, device = toy.SETTINGS[args.backbone], toy.find_device()
+def cli(what: str, choices, steps: int) -> argparse.ArgumentParser:
+    """The command line of a benchmark that begins with a dense model of the toy world."""
+    out = argparse.ArgumentParser(description=what)
+    out.add_argument("field", choices=choices)
+    out.add_argument("--backbone", choices=("showo", "emu3"), default="emu3")
+    out.add_argument("--steps", type=int, default=steps, help="of the dense model")
+    out.add_argument("--scenes", type=int, default=252)
+    out.add_argument("--seed", type=int, default=0)
+    out.add_argument("--dense", help="a file for the dense model")
+    return out
+
+
+def begin(args, device):
+    """(world, data, dense): data(part, t2i, mmu) samples batches; a model that was trained for args.steps, or lay in
+    args.dense. ValueError when another model lies there."""
+    setting = toy.SETTINGS[args.backbone]
     toy.seed_everything(args.seed)
     world, tokenizer = toy.make_world(toy.parse(["--backbone", args.backbone]))
     data = lambda part, *sizes: toy.Sampler(world, tokenizer, 10 * args.seed + part, *sizes)
-    sizes = setting["t2i"], setting["mmu"]
     if args.dense and Path(args.dense).exists():
         dense, stored = load_checkpoint(args.dense, device)
         if dense.config != toy.toy_config(args.backbone, tokenizer):
-            parser.error(f"{args.dense} holds another model than --backbone {args.backbone} makes")
+            raise ValueError(f"{args.dense} holds another model than --backbone {args.backbone} makes")
         args.steps = stored["steps"]
     else:
         dense = toy.UnifiedTransformer(toy.toy_config(args.backbone, tokenizer)).to(device)
-        toy.train(dense, data(0, *sizes), args.steps, 0.0, device, "dense", setting["mmu_weight"])
+        toy.train(dense, data(0, setting["t2i"], setting["mmu"]), args.steps, 0.0, device, "dense", setting["mmu_weight"])
         if args.dense:
             save_checkpoint(args.dense, dense, steps=args.steps)
+    return world, data, dense
+
+
+def drawing(backbone: str) -> dict:
+    """How train_toy.py lets this backbone draw."""
+    setting = toy.SETTINGS[backbone]
+    return {"temperature": setting["temperature"], "guidance": setting["guidance"], "steps": setting["draw_steps"]}
+
+
+def main() -> None:
+    parser = cli(__doc__.split("\n")[0], FIELDS, steps=400)
+    parser.add_argument("--more", type=int, help="steps of each choice; half of --steps when not given")
+    args = parser.parse_args()
+    setting, device = toy.SETTINGS[args.backbone], toy.find_device()
+    sizes = setting["t2i"], setting["mmu"]
+    try:
+        world, data, dense = begin(args, device)
+    except ValueError as error:
+        parser.error(error)
     more = args.more or args.steps // 2
     samples = {task: batch.to(device) for task, batch in data(1, 20, 50)().items()}
-    lengths, table = {task: tokenizer.length(task) for task in samples}, arank_table(dense, samples)
-    drawing = {"temperature": setting["temperature"], "guidance": setting["guidance"], "steps": setting["draw_steps"]}
+    lengths = {task: data(1, 1, 1).tokenizer.length(task) for task in samples}
+    table = arank_table(dense, samples)
     print(f"{args.backbone}, seed {args.seed}, {args.steps} dense steps, then {more} more of each, {args.scenes} "
           "scenes a task\nsaved: training FLOPs; ce: cross-entropy; t2i, mmu: accuracies; c.: causal routing, else top-k; "
           "agreement: of membership with top-k\n" + f"{args.field:<12}" + "".join(f"{name:>12}" for name in NAMES), flush=True)
     for choice in FIELDS[args.field]:
-        plan, changes = variant(args.field, choice, table, dense.config, lengths, setting["budget"])
+        own = by_loss(dense, table, samples) if choice == "by loss" else table
+        plan, changes = variant(args.field, choice, own, dense.config, lengths, setting["budget"])
         model, fresh = dense.with_plan(plan, **changes), data(2, *sizes)
         toy.train(model, fresh, more, 0.7, device, choice, setting["mmu_weight"])
         values = [1 - flops_ratio(dense.config, plan, lengths, "train"),
-                  *judge(model, fresh, world, args.scenes, args.seed, drawing, device)]
+                  *judge(model, fresh, world, args.scenes, args.seed, drawing(args.backbone), device)]
         print(f"{choice:<12}" + "".join(f"{value:>12.3f}" for value in values), flush=True)
+
+
+@toy.torch.no_grad()
+def by_loss(dense, table: dict, samples: dict) -> dict:
+    """ARank's values, a task's smallest for the layer without which its loss on the samples grows least, and so on."""
+    def losses(model) -> dict:
+        return {task: cross_entropy(model.eval()(**batch.inputs(), task=task).logits, batch.labels).item()
+                for task, batch in samples.items()}
+    _, without = layer_importance(dense, losses)
+    order = {task: sorted(range(len(row)), key=lambda layer: without[layer][task]) for task, row in table.items()}
+    return {task: [sorted(row)[order[task].index(layer)] for layer in range(len(row))] for task, row in table.items()}
 
 
 def variant(field: str, choice: str, table: dict, config, lengths: dict, budget: float) -> tuple[Plan, dict]:
     """The plan of this choice, and what it changes in the config."""
-    method = choice if field == "method" and choice != "one router" else "unimod"
+    method = choice if choice in METHODS else "unimod"
     plan = plan_for_budget(method, table, config, lengths, budget)
     if field == "method":
         return (Plan(plan.keep, shared_router=True) if choice == "one router" else plan), {}

@@ -86,14 +86,15 @@ class Panel:
                 f'<text x="{middle}" y="{TOP - 12}" text-anchor="middle">{title}</text>'
                 f'<text x="{middle}" y="{below + 34}" text-anchor="middle">{label}</text>')
 
-    def ticks(self, xs, ys) -> str:
+    def ticks(self, xs, ys, unit: float = 1000) -> str:
+        """Labels of both axes, y in units of 1 / unit."""
         out = []
         for x in xs:
             px, py = self.place(x, self.y[0])
             out.append(f'<text x="{px:.1f}" y="{py + 16:.1f}" text-anchor="middle">{x:,}</text>')
         for y in ys:
             px, py = self.place(self.x[0], y)
-            label = f"{1000 * y:,.0f}" if y >= 0.01 else f"{1000 * y:.2g}"
+            label = f"{unit * y:,.0f}" if unit * y >= 10 else f"{unit * y:.2g}"
             out.append(f'<text x="{px - 5:.1f}" y="{py + 4:.1f}" text-anchor="end">{label}</text>'
                        f'<line x1="{px:.1f}" y1="{py:.1f}" x2="{px + WIDE:.1f}" y2="{py:.1f}" stroke="#eee"/>')
         return "".join(out)
@@ -102,12 +103,16 @@ class Panel:
         return "".join('<circle cx="{:.1f}" cy="{:.1f}" r="4" fill="{}"/>'.format(*self.place(*point), color)
                        for point in points)
 
+    def line(self, points: list, color: str, dash: str = "") -> str:
+        """Through points that lie in the panel."""
+        path = " ".join("{:.1f},{:.1f}".format(*self.place(*point)) for point in points)
+        return f'<polyline points="{path}" fill="none" stroke="{color}" stroke-dasharray="{dash}"/>'
+
     def curve(self, law, color: str, dash: str = "") -> str:
         """The part of the law that lies in the panel, 40 points of it."""
         (a, b), (low, high) = self.x, self.y
         xs = [a * (b / a) ** (i / 40) if self.log else a + (b - a) * i / 40 for i in range(41)]
-        path = " ".join("{:.1f},{:.1f}".format(*self.place(x, law(x))) for x in xs if low <= law(x) <= high)
-        return f'<polyline points="{path}" fill="none" stroke="{color}" stroke-dasharray="{dash}"/>'
+        return self.line([(x, law(x)) for x in xs if low <= law(x) <= high], color, dash)
 
 
 def round_steps(low: float, high: float, log: bool) -> list:
@@ -141,6 +146,10 @@ def draw(fitted: dict) -> str:
                       lambda own, x: linear(own, x) + square(own, x), (linear, square))
     by_depth = panel(1, fitted["depth"], "milliseconds a sequence = c + d L", "L layers", False,
                      lambda own, x: own["fixed"] + own["layer"] * x)
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {LEFT + 2 * WIDE + GAP + 30} {TOP + HIGH + 100}" '
-            f'font-family="sans-serif" font-size="12">\n<rect width="100%" height="100%" fill="white"/>\n'
-            f"{by_length}\n{by_depth}\n{legend}{note}</svg>\n")
+    return svg(LEFT + 2 * WIDE + GAP + 30, TOP + HIGH + 100, f"{by_length}\n{by_depth}\n{legend}{note}")
+
+
+def svg(width: int, height: int, body: str) -> str:
+    """A whole file."""
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
+            f'font-size="12">\n<rect width="100%" height="100%" fill="white"/>\n{body}</svg>\n')

@@ -1,18 +1,24 @@
-"""benchmarks/choices.py: the values of a field go on from one dense model, which a file keeps."""
+"""benchmarks/choices.py, where the values of a field go on from one dense model, and benchmarks/analysis.py beside it."""
+import json
 import sys
+from dataclasses import replace
 
 import pytest
 
-from benchmarks import choices
+from benchmarks import analysis, choices
+from unimod_mini import Batch
 
 
 @pytest.fixture
 def run(monkeypatch, capsys):
     monkeypatch.setitem(choices.toy.SETTINGS, "emu3", choices.toy.SETTINGS["emu3"] | {"t2i": 2, "mmu": 2})
 
-    def call(*argv):
-        monkeypatch.setattr(sys, "argv", ["choices.py", *argv])
-        choices.main()
+    for name, few in (("ROUTER_STEPS", 1), ("COMPETING", 2), ("SAMPLES", 8)):
+        monkeypatch.setattr(analysis, name, few)
+
+    def call(*argv, module=choices):
+        monkeypatch.setattr(sys, "argv", ["a benchmark", *argv])
+        module.main()
         return capsys.readouterr().out.strip().splitlines()
     return call
 
@@ -42,6 +48,22 @@ def test_the_methods_of_the_comparison():
     assert (plan, changes) == (plans["unimod"][0], {"gate": "tanh"})
 
 
+def test_arank_in_the_order_of_the_loss():
+    """The values are ARank's; the smallest belongs to the layer that the task's loss misses least: here one that is zero."""
+    torch = choices.toy.torch
+    dense = choices.toy.UnifiedTransformer(replace(choices.toy.ModelConfig.preset("toy-emu3"), n_layer=3))
+    with torch.no_grad():
+        for p in dense.parameters():
+            p.normal_(std=0.1)
+        for p in (dense.blocks[1].attention.out.weight, dense.blocks[1].mlp.down.weight):
+            p.zero_()
+        dense.head.weight.normal_()
+        ids = torch.randint(0, 100, (4, 12))
+        labels = dense(ids, task="mmu").logits.argmax(-1)  # the whole model is right, so every other layer is missed
+    table = choices.by_loss(dense, {"mmu": [0.1, 0.3, 0.2]}, {"mmu": Batch(ids, None, None, labels)})
+    assert table["mmu"][1] == 0.1 and sorted(table["mmu"]) == [0.1, 0.2, 0.3]
+
+
 def test_a_foreign_dense_model_is_refused(run, tmp_path, capsys):
     """--dense with a model of another shape: one line that names the file."""
     file = tmp_path / "other.pt"
@@ -50,3 +72,40 @@ def test_a_foreign_dense_model_is_refused(run, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run("gate", "--dense", str(file))
     assert f"{file} holds another model" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------- benchmarks/analysis.py
+
+def test_observations(run, tmp_path):
+    """A line a layer and a column for each number, which the file of JSON has too; a drawing beside it."""
+    file = tmp_path / "found.json"
+    lines = run("observations", "--steps", "2", "--scenes", "7", "--out", str(file), module=analysis)
+    found = json.loads(file.read_text())["found"]
+    names, rows = lines[1].split(), [line.split() for line in lines[2:10]]
+    assert lines[0].startswith("emu3, seed 0, 2 dense steps, 7 scenes a task") and names[0] == "layer"
+    assert [row[0] for row in rows] == [*"01234567"] and all(len(row) == len(found) for row in rows)
+    for layer, row in enumerate(rows):
+        values = [found[name][layer] for name in found if name != "whole"]
+        assert row[1:] == ["-" if value is None else f"{value:.3f}" for value in values]
+    t2i, mmu = found["won t2i equal"], found["won mmu toy"]
+    assert [x is None for x in t2i] == [True, False] * 4 and all(0 < x < 1 for x in (*t2i[1::2], *mmu[1::2]))
+    assert lines[10].startswith("rank correlation over the layers of ARank")
+    drawing = file.with_suffix(".svg").read_text()
+    assert drawing.startswith("<svg") and drawing.count("<circle") == 8 * 8 + 4 * 4 and "nan" not in drawing
+
+
+def test_synergy(run, tmp_path):
+    """Both tasks, then each alone, dense and UniMoD: every task's scores, and of a task that was trained alone no others."""
+    file = tmp_path / "found.json"
+    lines = run("synergy", "--steps", "2", "--scenes", "7", "--out", str(file), module=analysis)
+    rows = json.loads(file.read_text())["found"]
+    assert [row["model"] for row in rows] == [f"{tasks}, {method}" for tasks in ("t2i + mmu", "t2i", "mmu")
+                                              for method in ("dense", "unimod")]
+    scores = {task: {f"ce {task}", task, f"held {task}"} for task in ("t2i", "mmu")}
+    wanted = [scores["t2i"] | scores["mmu"], scores["t2i"], scores["mmu"]]
+    assert [set(row) - {"model"} for row in rows] == [own for own in wanted for _ in range(2)]
+    assert [line.split()[-1] for line in lines[-6:]] == [f"{list(row.values())[-1]:.3f}" for row in rows]
+
+
+def test_rank_correlation():
+    assert analysis.rank_correlation([1, 2, 3], [10, 20, 90]) == pytest.approx(1) == -analysis.rank_correlation([3, 2, 1], [1, 4, 5])

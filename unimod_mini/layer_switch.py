@@ -38,22 +38,26 @@ def rank_of(singular: Tensor, measure: str, tolerance: float) -> Tensor:
     raise ValueError(f'layer_switch: measure must be "rank" or "energy", got {measure!r}')
 
 
+def queries_and_keys(model: UnifiedTransformer, batch: Batch, task: str):
+    """Yields q and k of every layer in turn, (B, H, T, d) float32 each, for all tokens; 0 for padding."""
+    context = model.context(batch.ids, None, batch.spans, batch.valid)
+    valid, x = batch.is_valid, model.embed_tokens(batch.ids, batch.valid)
+    for layer, block in enumerate(model.blocks):
+        q, k, _ = block.attention.queries_keys_values(block.norm(x), context.rope)
+        q, k = (t.float() * valid[:, None, :, None] for t in (q, k))
+        yield q, k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        x, _ = model.layer(layer, x, task, context, "topk")
+
+
 @inference
 def arank(model: UnifiedTransformer, batch: Batch, task: str, measure: str = "energy",
           tolerance: float = 0.1) -> Tensor:
     """(L,) float: ARank of every layer divided by the sequence's valid tokens, in (0, 1]."""
-    ids, spans, valid = batch.ids, batch.spans, batch.valid
-    context = model.context(ids, None, spans, valid)
-    valid = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
-    rows, x = [], model.embed_tokens(ids, batch.valid)
-    for layer, block in enumerate(model.blocks):
-        q, k, _ = block.attention.queries_keys_values(block.norm(x), context.rope)
-        q, k = (t.float() * valid[:, None, :, None] for t in (q, k))         # padding adds no rank
-        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    rows, count = [], batch.is_valid.sum(1)
+    for q, k in queries_and_keys(model, batch, task):
         r_q, r_k = (torch.linalg.qr(t, mode="r").R for t in (q, k))          # (B, H, d, d): q = Q_q R_q
         ranks = rank_of(torch.linalg.svdvals(r_q @ r_k.mT), measure, tolerance)              # (B, H)
-        rows.append((ranks.mean(1) / valid.sum(1)).mean())
-        x, _ = model.layer(layer, x, task, context, "topk")
+        rows.append((ranks.mean(1) / count).mean())
     return torch.stack(rows)
 
 

@@ -129,6 +129,11 @@ class Batch(NamedTuple):
     valid: Tensor | None       # (B, T) bool
     labels: Tensor             # (B, T) long, what the logits at i must predict; IGNORE = no loss
 
+    @property
+    def is_valid(self) -> Tensor:
+        """(B, T) bool: `valid`, all True where there is no padding."""
+        return torch.ones_like(self.ids, dtype=torch.bool) if self.valid is None else self.valid
+
     def inputs(self) -> dict:
         """Keyword arguments of UnifiedTransformer.forward."""
         return {"ids": self.ids, "spans": self.spans, "valid": self.valid}

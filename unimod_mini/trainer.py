@@ -145,8 +145,7 @@ def train_step(model, optimizers, batches: dict, factor: float, weights: dict = 
 
 def predicted_tokens(batch, task: str) -> torch.Tensor:
     """(B, T) bool: the tokens whose membership the predictor decides at inference (not those of a drawn span)."""
-    valid = torch.ones_like(batch.ids, dtype=torch.bool) if batch.valid is None else batch.valid
-    return valid & (batch.spans == 0) if task == "t2i" and batch.spans is not None else valid
+    return batch.is_valid & (batch.spans == 0) if task == "t2i" and batch.spans is not None else batch.is_valid
 
 
 LOGITS = 2**28                     # a gigabyte of float32

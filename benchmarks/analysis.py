@@ -1,0 +1,177 @@
+"""The observations that UniMoD rests on, measured on a dense model of the toy world, and the synergy of its tasks.
+
+    python benchmarks/analysis.py observations [--backbone emu3] [--steps 1000] [--dense FILE] [--out FILE]
+    python benchmarks/analysis.py synergy [--backbone emu3] [--steps 1000] [--out FILE]
+
+observations, by layer: ARank over length; attention that text and image tokens receive; what is lost without the layer, in
+cross-entropy and accuracy; whose tokens win when both tasks compete for one router, with equal weights of the tasks'
+losses, and with those of train_toy.py.
+synergy: a model of each task alone and one of both, on the same samples of a task in every step; then half as many steps
+more of each, dense and with UniMoD's plan (of the model of both). Held out: a colour-shape pair that training never shows.
+
+--dense keeps the dense model in this file and takes it, and its steps, from there the next time. --out: a file of JSON, and
+of observations a drawing beside it.
+"""
+
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from random import Random
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.choices import begin, cli, drawing, toy  # noqa: E402
+from benchmarks.growth import COLORS, GAP, HIGH, LEFT, TOP, WIDE, Panel, round_steps, svg  # noqa: E402
+from unimod_mini import Plan, arank_table, calibrate, plan_for_budget  # noqa: E402
+from unimod_mini.analysis import attention_received, competition, layer_importance  # noqa: E402
+from unimod_mini.evaluate import ask_and_judge, draw_and_judge, share  # noqa: E402
+from unimod_mini.files import whole_file  # noqa: E402
+from unimod_mini.objectives import cross_entropy  # noqa: E402
+
+TASKS = ("t2i", "mmu")
+SAMPLES = 256                # of each task, for what is measured
+ROUTER_STEPS, COMPETING = 150, 24    # of the competition, on so many samples of each task
+
+
+@toy.torch.no_grad()
+def score(model, data, world, args, held_out=(False,), tasks=TASKS) -> dict:
+    """{"ce t2i": cross-entropy on fresh data, "t2i": accuracy, "held t2i": on held-out pairs, ..}, causal routing."""
+    model.eval()
+    tokenizer, out = data(0, 1, 1).tokenizer, {}
+    fresh = data(3, SAMPLES, SAMPLES)()
+    for task in tasks:
+        batch = fresh[task].to(next(model.parameters()).device)
+        out[f"ce {task}"] = cross_entropy(model(**batch.inputs(), task=task, routing="causal").logits, batch.labels).item()
+        for held in held_out:
+            rng = Random(f"evaluate {args.seed} {task} {held}")
+            if task == "t2i":
+                right = draw_and_judge(model, tokenizer, world, world.sample_t2i(args.scenes, rng, held)[0],
+                                       **drawing(args.backbone))
+            else:
+                right = ask_and_judge(model, tokenizer, *world.sample_mmu(args.scenes, rng, held))
+            out[f"held {task}" if held else task] = share(right)
+    return out
+
+
+# --------------------------------------------------------------------------------------------------------------
+# What a dense model shows
+# --------------------------------------------------------------------------------------------------------------
+
+def observations(world, data, dense, args, device) -> dict:
+    """{column: a number for each layer, or None}; under "whole" what the whole model scores."""
+    fresh = {task: batch.to(device) for task, batch in data(1, SAMPLES, SAMPLES)().items()}
+    table = {f"rank {task}": row for task, row in arank_table(dense, fresh).items()}
+    for task, batch in fresh.items():
+        table |= {f"{kind} {task}": row.tolist() for kind, row in attention_received(dense, batch, task).items()}
+    with tqdm(total=dense.config.n_layer + 1, desc="importance", unit="model") as bar:
+        def measure(model) -> dict:
+            bar.update(1)
+            return score(model, data, world, args)
+        whole, without = layer_importance(dense, measure)
+    sign = lambda name: 1 if name.startswith("ce ") else -1
+    table |= {f"lost {name}": [sign(name) * (row[name] - value) for row in without] for name, value in whole.items()}
+    for label, mmu_weight in (("equal", 1.0), ("toy", toy.SETTINGS[args.backbone]["mmu_weight"])):
+        won = competition(dense, data(2, COMPETING, COMPETING), ROUTER_STEPS, {"t2i": 1.0, "mmu": mmu_weight},
+                          progress=partial(tqdm, desc=f"routers, {label}", unit="step", mininterval=1.0))
+        table |= {f"won {task} {label}": row for task, row in won.items()}
+    return {"whole": whole, **table}
+
+
+def show_observations(found: dict, args) -> str:
+    names = [name for name in found if name != "whole"]
+    lines = [f"{args.backbone}, seed {args.seed}, {args.steps} dense steps, {args.scenes} scenes a task. The whole model: "
+             + ", ".join(f"{name} {value:.3f}" for name, value in found["whole"].items()),
+             "layer" + "".join(f"{name:>16}" for name in names)]
+    for layer, row in enumerate(zip(*(found[name] for name in names))):
+        lines.append(f"{layer:>5}" + "".join(f"{'-' if value is None else f'{value:.3f}':>16}" for value in row))
+    alike = ", ".join(f"{task} {rank_correlation(found[f'rank {task}'], found[f'lost ce {task}']):.2f}" for task in TASKS)
+    return "\n".join([*lines, f"rank correlation over the layers of ARank with the cross-entropy lost: {alike}"])
+
+
+def rank_correlation(a: list, b: list) -> float:
+    """Spearman's, of values without ties."""
+    return toy.torch.corrcoef(toy.torch.tensor([a, b]).argsort(1).argsort(1).float())[0, 1].item()
+
+
+def draw(found: dict) -> str:
+    """The table as SVG: ARank, attention, accuracy lost, tokens won, each by layer; t2i and mmu in two colours."""
+    depth = len(found["rank t2i"])
+    panels = (("ARank over length", "rank {}"), ("attention received: image, text (dashed)", "image {}", "text {}"),
+              ("accuracy lost without the layer", "lost {}"),
+              ("share that wins; with the toy's weights (dashed)", "won {} equal", "won {} toy"))
+    out = []
+    for number, (title, *names) in enumerate(panels):
+        lines = [([(x, y) for x, y in enumerate(found[name.format(task)]) if y is not None], color, dash)
+                 for task, color in zip(TASKS, COLORS[1:]) for name, dash in zip(names, ("", "4 4"))]
+        axes = Panel(number % 2, [depth - 1], [y for points, *_ in lines for _, y in points], log=False)
+        body = [axes.frame(title, "layer"), axes.ticks(range(depth), round_steps(*axes.y, log=False), unit=1)]
+        for points, color, dash in lines:
+            body += [axes.line(points, color, dash), axes.dots(points, color)]
+        out.append(f'<g transform="translate(0, {number // 2 * (HIGH + GAP)})">{"".join(body)}</g>')
+    legend = "".join(f'<text x="{LEFT + 60 * i}" y="{TOP + 2 * HIGH + GAP + 60}" fill="{color}">{task}</text>'
+                     for i, (task, color) in enumerate(zip(TASKS, COLORS[1:])))
+    return svg(LEFT + 2 * WIDE + GAP + 30, TOP + 2 * HIGH + GAP + 80, "\n".join([*out, legend]))
+
+
+# --------------------------------------------------------------------------------------------------------------
+# What tasks gain from each other
+# --------------------------------------------------------------------------------------------------------------
+
+def only(sampler, tasks):
+    """The same samples, those of `tasks` alone."""
+    return lambda: {task: batch for task, batch in sampler().items() if task in tasks}
+
+
+def synergy(world, data, both, args, device) -> list:
+    """[{"model": .., scores}]: dense and UniMoD, trained for both tasks and for each alone."""
+    setting = toy.SETTINGS[args.backbone]
+    sampler = lambda part: data(part, setting["t2i"], setting["mmu"])
+    table = arank_table(both, {task: batch.to(device) for task, batch in data(1, 20, 50)().items()})
+    lengths = {task: data(1, 1, 1).tokenizer.length(task) for task in TASKS}
+    plan = plan_for_budget("unimod", table, both.config, lengths, setting["budget"])
+    rows = []
+    for tasks in (TASKS, ("t2i",), ("mmu",)):
+        dense = both
+        if len(tasks) == 1:
+            toy.seed_everything(args.seed)
+            dense = toy.UnifiedTransformer(both.config).to(device)
+            toy.train(dense, only(sampler(0), tasks), args.steps, 0.0, device, tasks[0], setting["mmu_weight"])
+        for method in ("dense", "unimod"):
+            own = plan if method == "unimod" else Plan.dense(plan.n_layer, TASKS)
+            model = dense.with_plan(Plan({task: own.keep[task] for task in tasks}))
+            label = f"{' + '.join(tasks)}, {method}"
+            toy.train(model, only(sampler(2), tasks), args.steps // 2, 0.7, device, label, setting["mmu_weight"])
+            calibrate(model, {task: batch.to(device) for task, batch in only(data(4, SAMPLES // 2, SAMPLES // 2), tasks)().items()})
+            rows.append({"model": label, **score(model, data, world, args, (False, True), tasks)})
+            print(show_row(rows[-1]), flush=True)
+    return rows
+
+
+def show_row(row: dict) -> str:
+    return f"{row['model']:<20}" + "".join(f"{name:>10}{value:>7.3f}" for name, value in row.items() if name != "model")
+
+
+def main() -> None:
+    parser = cli(__doc__.split("\n")[0], ("observations", "synergy"), steps=1000)
+    parser.add_argument("--out", help="a file for the numbers, JSON; observations are drawn beside it, as .svg")
+    args, device = parser.parse_args(), toy.find_device()
+    try:
+        world, data, dense = begin(args, device)
+    except ValueError as error:
+        parser.error(error)
+    found = {"observations": observations, "synergy": synergy}[args.field](world, data, dense, args, device)
+    if args.field == "observations":
+        print(show_observations(found, args))
+    if args.out:
+        with whole_file(args.out) as file:
+            json.dump(vars(args) | {"found": found}, file, indent=1)
+        if args.field == "observations":
+            with whole_file(Path(args.out).with_suffix(".svg")) as file:
+                file.write(draw(found))
+
+
+if __name__ == "__main__":
+    main()
