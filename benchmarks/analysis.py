@@ -3,16 +3,16 @@
     python benchmarks/analysis.py observations [--backbone emu3] [--steps 1000] [--dense FILE] [--out FILE]
     python benchmarks/analysis.py synergy [--backbone emu3] [--steps 1000] [--out FILE]
 
-observations, by layer: ARank over length; attention that text and image tokens receive; what is lost without the layer, in
-cross-entropy and accuracy; whose tokens win when both tasks compete for one router, with equal weights of the tasks'
+observations, by layer: ARank over length; attention that text and image tokens receive; what is lost without the layer,
+in cross-entropy and accuracy; whose tokens win when both tasks compete for one router, with equal weights of the tasks'
 losses, and with those of train_toy.py.
-synergy: a model of each task alone and one of both, on the same samples of a task in every step; then half as many steps
-more of each, dense and with UniMoD's plan (of the model of both). Held out: a colour-shape pair that training never shows.
+synergy: a model of each task alone and one of both, on the same samples of a task in every step; then half as many
+steps more of each, dense and with UniMoD's plan (of the model of both). Held out: a colour-shape pair that training
+never shows.
 
---dense keeps the dense model in this file and takes it, and its steps, from there the next time. --out: a file of JSON, and
-of observations a drawing beside it.
+--dense keeps the dense model in this file and takes it, and its steps, from there the next time. --out: a file of JSON,
+and of observations a drawing beside it.
 """
-
 
 import json
 import sys
@@ -37,14 +37,14 @@ ROUTER_STEPS, COMPETING = 150, 24    # of the competition, on so many samples of
 
 
 @toy.torch.no_grad()
-def score(model, data, world, args, held_out=(False,), tasks=TASKS) -> dict:
+def score(model, world, tokenizer, data, args, held_out=(False,), tasks=TASKS) -> dict:
     """{"ce t2i": cross-entropy on fresh data, "t2i": accuracy, "held t2i": on held-out pairs, ..}, causal routing."""
     model.eval()
-    tokenizer, out = data(0, 1, 1).tokenizer, {}
-    fresh = data(3, SAMPLES, SAMPLES)()
+    out, fresh = {}, data(3, SAMPLES, SAMPLES)()
     for task in tasks:
         batch = fresh[task].to(next(model.parameters()).device)
-        out[f"ce {task}"] = cross_entropy(model(**batch.inputs(), task=task, routing="causal").logits, batch.labels).item()
+        logits = model(**batch.inputs(), task=task, routing="causal").logits
+        out[f"ce {task}"] = cross_entropy(logits, batch.labels).item()
         for held in held_out:
             rng = Random(f"evaluate {args.seed} {task} {held}")
             if task == "t2i":
@@ -60,7 +60,7 @@ def score(model, data, world, args, held_out=(False,), tasks=TASKS) -> dict:
 # What a dense model shows
 # --------------------------------------------------------------------------------------------------------------
 
-def observations(world, data, dense, args, device) -> dict:
+def observations(world, tokenizer, data, dense, args, device) -> dict:
     """{column: a number for each layer, or None}; under "whole" what the whole model scores."""
     fresh = {task: batch.to(device) for task, batch in data(1, SAMPLES, SAMPLES)().items()}
     table = {f"rank {task}": row for task, row in arank_table(dense, fresh).items()}
@@ -69,7 +69,7 @@ def observations(world, data, dense, args, device) -> dict:
     with tqdm(total=dense.config.n_layer + 1, desc="importance", unit="model") as bar:
         def measure(model) -> dict:
             bar.update(1)
-            return score(model, data, world, args)
+            return score(model, world, tokenizer, data, args)
         whole, without = layer_importance(dense, measure)
     sign = lambda name: 1 if name.startswith("ce ") else -1
     table |= {f"lost {name}": [sign(name) * (row[name] - value) for row in without] for name, value in whole.items()}
@@ -87,8 +87,11 @@ def show_observations(found: dict, args) -> str:
              "layer" + "".join(f"{name:>16}" for name in names)]
     for layer, row in enumerate(zip(*(found[name] for name in names))):
         lines.append(f"{layer:>5}" + "".join(f"{'-' if value is None else f'{value:.3f}':>16}" for value in row))
-    alike = ", ".join(f"{task} {rank_correlation(found[f'rank {task}'], found[f'lost ce {task}']):.2f}" for task in TASKS)
-    return "\n".join([*lines, f"rank correlation over the layers of ARank with the cross-entropy lost: {alike}"])
+    for first in (0, 1):
+        alike = (rank_correlation(found[f"rank {task}"][first:], found[f"lost ce {task}"][first:]) for task in TASKS)
+        lines.append(f"rank correlation of ARank with the cross-entropy lost, from layer {first} on: "
+                     + ", ".join(f"{task} {value:.2f}" for task, value in zip(TASKS, alike)))
+    return "\n".join(lines)
 
 
 def rank_correlation(a: list, b: list) -> float:
@@ -125,12 +128,12 @@ def only(sampler, tasks):
     return lambda: {task: batch for task, batch in sampler().items() if task in tasks}
 
 
-def synergy(world, data, both, args, device) -> list:
+def synergy(world, tokenizer, data, both, args, device) -> list:
     """[{"model": .., scores}]: dense and UniMoD, trained for both tasks and for each alone."""
     setting = toy.SETTINGS[args.backbone]
     sampler = lambda part: data(part, setting["t2i"], setting["mmu"])
     table = arank_table(both, {task: batch.to(device) for task, batch in data(1, 20, 50)().items()})
-    lengths = {task: data(1, 1, 1).tokenizer.length(task) for task in TASKS}
+    lengths = {task: tokenizer.length(task) for task in TASKS}
     plan = plan_for_budget("unimod", table, both.config, lengths, setting["budget"])
     rows = []
     for tasks in (TASKS, ("t2i",), ("mmu",)):
@@ -144,8 +147,9 @@ def synergy(world, data, both, args, device) -> list:
             model = dense.with_plan(Plan({task: own.keep[task] for task in tasks}))
             label = f"{' + '.join(tasks)}, {method}"
             toy.train(model, only(sampler(2), tasks), args.steps // 2, 0.7, device, label, setting["mmu_weight"])
-            calibrate(model, {task: batch.to(device) for task, batch in only(data(4, SAMPLES // 2, SAMPLES // 2), tasks)().items()})
-            rows.append({"model": label, **score(model, data, world, args, (False, True), tasks)})
+            seen = only(data(4, SAMPLES // 2, SAMPLES // 2), tasks)()
+            calibrate(model, {task: batch.to(device) for task, batch in seen.items()})
+            rows.append({"model": label, **score(model, world, tokenizer, data, args, (False, True), tasks)})
             print(show_row(rows[-1]), flush=True)
     return rows
 
@@ -159,10 +163,10 @@ def main() -> None:
     parser.add_argument("--out", help="a file for the numbers, JSON; observations are drawn beside it, as .svg")
     args, device = parser.parse_args(), toy.find_device()
     try:
-        world, data, dense = begin(args, device)
+        ready = begin(args, device)
     except ValueError as error:
         parser.error(error)
-    found = {"observations": observations, "synergy": synergy}[args.field](world, data, dense, args, device)
+    found = {"observations": observations, "synergy": synergy}[args.field](*ready, args, device)
     if args.field == "observations":
         print(show_observations(found, args))
     if args.out:

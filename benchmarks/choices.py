@@ -4,9 +4,10 @@
     python benchmarks/choices.py gate
     python benchmarks/choices.py membership
 
-method: UniMoD; the same keep ratios for the layers in the order of what the loss gains from each, instead of ARank's order;
-its plan with one router for both tasks; and the methods of the paper's comparison. The first three and mod meet the budget of train_toy.py, interleaved and
-early_exit save what they save, dense nothing. gate, membership: the values of the config field, all with UniMoD's plan.
+method: UniMoD; the same keep ratios for the layers in the order of what the loss gains from each, instead of ARank's
+order; its plan with one router for both tasks; and the methods of the paper's comparison. The first three and mod meet
+the budget of train_toy.py, interleaved and early_exit save what they save, dense nothing. gate, membership: the values
+of the config field, all with UniMoD's plan.
 
 For each choice, on fresh data: the losses of both tasks and free-running accuracies, with top-k and with causal routing,
 how often membership agrees with top-k, and its base rate. --dense keeps the dense model in this file and takes it, and
@@ -26,7 +27,8 @@ from unimod_mini.evaluate import evaluate  # noqa: E402
 from unimod_mini.objectives import cross_entropy  # noqa: E402
 from unimod_mini.routers import GATES, MEMBERSHIP_WEIGHT  # noqa: E402
 
-FIELDS = {"gate": tuple(GATES), "membership": tuple(MEMBERSHIP_WEIGHT), "method": ("unimod", "by loss", "one router", *METHODS[1:])}
+FIELDS = {"gate": tuple(GATES), "membership": tuple(MEMBERSHIP_WEIGHT),
+          "method": ("unimod", "by loss", "one router", *METHODS[1:])}
 NAMES = ("saved", "ce t2i", "ce t2i c.", "ce mmu", "ce mmu c.", "t2i", "t2i c.", "mmu", "mmu c.", "agreement", "base rate")
 
 
@@ -43,8 +45,13 @@ def cli(what: str, choices, steps: int) -> argparse.ArgumentParser:
 
 
 def begin(args, device):
-    """(world, data, dense): data(part, t2i, mmu) samples batches; a model that was trained for args.steps, or lay in
-    args.dense. ValueError when another model lies there."""
+    """(world, tokenizer, data, dense): data(part, t2i, mmu) samples batches; a model that was trained for args.steps, or
+    lay in args.dense. ValueError when another model lies there. The folders of the files to be written are made first."""
+    if args.steps < 2:
+        raise ValueError(f"--steps must be at least 2, got {args.steps}")
+    for file in (args.dense, getattr(args, "out", None)):
+        if file:
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
     setting = toy.SETTINGS[args.backbone]
     toy.seed_everything(args.seed)
     world, tokenizer = toy.make_world(toy.parse(["--backbone", args.backbone]))
@@ -56,10 +63,11 @@ def begin(args, device):
         args.steps = stored["steps"]
     else:
         dense = toy.UnifiedTransformer(toy.toy_config(args.backbone, tokenizer)).to(device)
-        toy.train(dense, data(0, setting["t2i"], setting["mmu"]), args.steps, 0.0, device, "dense", setting["mmu_weight"])
+        sampler = data(0, setting["t2i"], setting["mmu"])
+        toy.train(dense, sampler, args.steps, 0.0, device, "dense", setting["mmu_weight"])
         if args.dense:
             save_checkpoint(args.dense, dense, steps=args.steps)
-    return world, data, dense
+    return world, tokenizer, data, dense
 
 
 def drawing(backbone: str) -> dict:
@@ -75,13 +83,12 @@ def main() -> None:
     setting, device = toy.SETTINGS[args.backbone], toy.find_device()
     sizes = setting["t2i"], setting["mmu"]
     try:
-        world, data, dense = begin(args, device)
+        world, tokenizer, data, dense = begin(args, device)
     except ValueError as error:
         parser.error(error)
     more = args.more or args.steps // 2
     samples = {task: batch.to(device) for task, batch in data(1, 20, 50)().items()}
-    lengths = {task: data(1, 1, 1).tokenizer.length(task) for task in samples}
-    table = arank_table(dense, samples)
+    lengths, table = {task: tokenizer.length(task) for task in samples}, arank_table(dense, samples)
     print(f"{args.backbone}, seed {args.seed}, {args.steps} dense steps, then {more} more of each, {args.scenes} "
           "scenes a task\nsaved: training FLOPs; ce: cross-entropy; t2i, mmu: accuracies; c.: causal routing, else top-k; "
           "agreement: of membership with top-k\n" + f"{args.field:<12}" + "".join(f"{name:>12}" for name in NAMES), flush=True)
@@ -95,11 +102,10 @@ def main() -> None:
         print(f"{choice:<12}" + "".join(f"{value:>12.3f}" for value in values), flush=True)
 
 
-@toy.torch.no_grad()
 def by_loss(dense, table: dict, samples: dict) -> dict:
     """ARank's values, a task's smallest for the layer without which its loss on the samples grows least, and so on."""
     def losses(model) -> dict:
-        return {task: cross_entropy(model.eval()(**batch.inputs(), task=task).logits, batch.labels).item()
+        return {task: cross_entropy(model(**batch.inputs(), task=task).logits, batch.labels).item()
                 for task, batch in samples.items()}
     _, without = layer_importance(dense, losses)
     order = {task: sorted(range(len(row)), key=lambda layer: without[layer][task]) for task, row in table.items()}

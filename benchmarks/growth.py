@@ -73,7 +73,7 @@ class Panel:
         self.left, self.log = LEFT + number * (WIDE + GAP), log
         low, high = min(ys), max(ys)
         self.x = (min(xs), max(xs)) if log else (0, max(xs) * 1.05)
-        self.y = (low / 1.3, high * 1.3) if log else (0, high * 1.1)
+        self.y = (low / 1.3, high * 1.3) if log else (min(0, low * 1.1), high * 1.1)
 
     def place(self, x: float, y: float) -> tuple:
         scale = math.log if self.log else float
@@ -120,7 +120,7 @@ def round_steps(low: float, high: float, log: bool) -> list:
     if log:
         return [m * 10.0 ** e for e in range(-9, 6) for m in (1, 2, 5) if low <= m * 10.0 ** e <= high]
     step = next(m * 10.0 ** e for e in range(-9, 6) for m in (1, 2, 5) if high / (m * 10.0 ** e) <= 6)
-    return [i * step for i in range(7) if i * step <= high]
+    return [i * step for i in range(math.ceil(low / step), 7) if i * step <= high]
 
 
 def panel(number: int, fitted: dict, title: str, label: str, log: bool, law, parts=()) -> str:

@@ -65,8 +65,11 @@ def test_even_attention_is_received_as_one(backbone, padding, spans, seed):
         for block in model.blocks:
             for p in block.attention.q.parameters():
                 p.zero_()
-    for row in analysis.attention_received(model, sample(config, 3, 12, seed, padding, spans), "mmu").values():
-        assert torch.allclose(row, torch.ones(N_LAYER)) or row.isnan().all()
+    batch = sample(config, 3, 12, seed, padding, spans)
+    image = batch.ids >= config.image_start
+    for kind, row in analysis.attention_received(model, batch, "mmu").items():
+        there = (batch.is_valid & (image if kind == "image" else ~image)).any()
+        assert torch.allclose(row, torch.ones(N_LAYER)) if there else row.isnan().all()
 
 
 def test_a_kind_that_is_not_there():
@@ -95,6 +98,15 @@ def test_a_layer_left_out(backbone, plan, seed):
             twin.load_state_dict({name: x for name, x in before.items() if name in twin.state_dict()})
             assert torch.equal(got, measure(twin))
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+def test_no_layer_is_judged_with_dropout():
+    """A model that is being trained is measured as it would answer, and trains on."""
+    model, batch = build(tiny("emu3", attention_dropout=0.5)), sample(tiny("emu3"), 2, 7, 0)
+    measure = lambda m: m(**batch.inputs(), task="mmu").logits
+    wanted, without = analysis.layer_importance(model, measure)
+    again = analysis.layer_importance(model.train(), measure)
+    assert model.training and torch.equal(wanted, again[0]) and all(map(torch.equal, without, again[1]))
 
 
 def test_a_layer_that_does_nothing_is_not_missed():
@@ -132,7 +144,8 @@ def test_when_all_win_the_model_is_dense(backbone):
     model, batches = build(config), {task: sample(config, 2, 9, n, "left") for n, task in enumerate(("t2i", "mmu"))}
     losses, _ = analysis.compete(model, routers(config), batches, 1.0)
     for task, batch in batches.items():
-        assert losses[task].item() == pytest.approx(cross_entropy(model(**batch.inputs(), task=task).logits, batch.labels).item())
+        logits = model(**batch.inputs(), task=task).logits
+        assert losses[task].item() == pytest.approx(cross_entropy(logits, batch.labels).item())
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -178,3 +191,26 @@ def test_the_task_whose_loss_counts_wins():
         assert won[winner][0] is None and won[winner][1] > 0.7 > 0.3 > won[loser][1]
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("weights, autocast", [(torch.float32, True), (torch.bfloat16, False), (torch.float16, False)])
+def test_competition_in_low_precision(weights, autocast):
+    """Scores are compared in float32: no ties, half of the tokens win, whatever the dtype of the model."""
+    config = tiny("emu3")
+    model, batch = build(config, dtype=weights), sample(config, 8, 40, 0)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        won = analysis.competition(model.train(), lambda: {"t2i": batch, "mmu": batch}, 2, {"t2i": 1, "mmu": 1}, counted=3)
+    assert won["t2i"][1] + won["mmu"][1] == pytest.approx(1, abs=1e-6) and model.training
+
+
+def test_what_competition_refuses():
+    """A model that prunes already, one without an odd layer, a task that it does not know, ids that it does not have."""
+    config = tiny("emu3")
+    batch = sample(config, 1, 5, 0)
+    for model in (build(config, Plan.interleaved(N_LAYER)), build(tiny("emu3", n_layer=1))):
+        with pytest.raises(ValueError, match="a dense model of two layers or more is needed"):
+            analysis.competition(model, lambda: {"mmu": batch}, 1, {"mmu": 1.0})
+    with pytest.raises(ValueError, match="unknown task 'lm'"):
+        analysis.competition(build(config, Plan.dense(N_LAYER)), lambda: {"lm": batch}, 1, {"lm": 1.0})
+    with pytest.raises(ValueError, match="the vocabulary is"):
+        analysis.attention_received(build(config), batch._replace(ids=batch.ids + config.vocab_size), "mmu")

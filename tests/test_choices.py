@@ -64,6 +64,13 @@ def test_arank_in_the_order_of_the_loss():
     assert table["mmu"][1] == 0.1 and sorted(table["mmu"]) == [0.1, 0.2, 0.3]
 
 
+def test_what_cannot_work_is_said_before_training(run, tmp_path, capsys):
+    """Too few steps are an error in one line; the folders of files to be written are made."""
+    with pytest.raises(SystemExit):
+        run("gate", "--steps", "1", "--dense", str(tmp_path / "a" / "dense.pt"))
+    assert "--steps must be at least 2, got 1" in capsys.readouterr().err and not (tmp_path / "a").exists()
+
+
 def test_a_foreign_dense_model_is_refused(run, tmp_path, capsys):
     """--dense with a model of another shape: one line that names the file."""
     file = tmp_path / "other.pt"
@@ -78,7 +85,7 @@ def test_a_foreign_dense_model_is_refused(run, tmp_path, capsys):
 
 def test_observations(run, tmp_path):
     """A line a layer and a column for each number, which the file of JSON has too; a drawing beside it."""
-    file = tmp_path / "found.json"
+    file = tmp_path / "new" / "found.json"
     lines = run("observations", "--steps", "2", "--scenes", "7", "--out", str(file), module=analysis)
     found = json.loads(file.read_text())["found"]
     names, rows = lines[1].split(), [line.split() for line in lines[2:10]]
@@ -89,7 +96,7 @@ def test_observations(run, tmp_path):
         assert row[1:] == ["-" if value is None else f"{value:.3f}" for value in values]
     t2i, mmu = found["won t2i equal"], found["won mmu toy"]
     assert [x is None for x in t2i] == [True, False] * 4 and all(0 < x < 1 for x in (*t2i[1::2], *mmu[1::2]))
-    assert lines[10].startswith("rank correlation over the layers of ARank")
+    assert lines[11].startswith("rank correlation of ARank with the cross-entropy lost, from layer 1 on: t2i ")
     drawing = file.with_suffix(".svg").read_text()
     assert drawing.startswith("<svg") and drawing.count("<circle") == 8 * 8 + 4 * 4 and "nan" not in drawing
 
@@ -108,4 +115,5 @@ def test_synergy(run, tmp_path):
 
 
 def test_rank_correlation():
-    assert analysis.rank_correlation([1, 2, 3], [10, 20, 90]) == pytest.approx(1) == -analysis.rank_correlation([3, 2, 1], [1, 4, 5])
+    up, down = analysis.rank_correlation([1, 2, 3], [10, 20, 90]), analysis.rank_correlation([3, 2, 1], [1, 4, 5])
+    assert up == pytest.approx(1) == -down

@@ -8,11 +8,14 @@ from hypothesis import strategies as st
 
 import train_full as full
 from helpers import BACKBONES, build, calls, plans, real, tiny
+from test_analysis import sample
 from test_cache import cuts, feed
 from test_full import TINY, data, run, rows  # noqa: F401 (data is a fixture)
 from test_generate import make, pictures
+from unimod_mini import analysis
 from unimod_mini.distributed import Ranks
 from unimod_mini.generate import generate_image, generate_text
+from unimod_mini.layer_switch import arank
 from unimod_mini.routers import Plan
 from unimod_mini.run import share_out
 from unimod_mini.trainer import precision
@@ -109,3 +112,16 @@ def test_a_run_learns_what_it_learns_on_the_cpu(data, tmp_path, backbone, optimi
     assert len(one) == len(two) == 6
     for a, b in zip(one, two):
         assert b == pytest.approx(a, rel=3e-2 if optimizer == "muon" else 1e-3)              # Muon: bf16 on CUDA
+
+
+@both
+def test_a_dense_model_is_looked_at_there(backbone):
+    """ARank, attention received and the competition of tasks run on the device, the first two with the CPU's numbers."""
+    model = build(tiny(backbone))
+    batch = sample(model.config, 3, 12, 0, "left", backbone == "showo")
+    here = analysis.attention_received(model, batch, "mmu"), arank(model, batch, "mmu")
+    model, batch = model.to(DEVICE), batch.to(DEVICE)
+    torch.testing.assert_close(analysis.attention_received(model, batch, "mmu"), here[0], check_device=False)
+    torch.testing.assert_close(arank(model, batch, "mmu"), here[1], check_device=False)
+    won = analysis.competition(model, lambda: {"t2i": batch, "mmu": batch}, 2, {"t2i": 1.0, "mmu": 1.0}, counted=2)
+    assert won["t2i"][1] + won["mmu"][1] == pytest.approx(1)

@@ -94,6 +94,14 @@ def test_calibrated_thresholds_realise_the_trained_capacity(backbone, dtype):
     assert 0.5 <= report["base_rate"] <= 1 and 0 <= report["accuracy"] <= 1
 
 
+def test_float16_is_not_trained():
+    """AdamW's epsilon is 0 in it, a step would leave NaN behind; bfloat16 trains."""
+    model = UnifiedTransformer(ModelConfig.preset("toy-emu3"))
+    with pytest.raises(ValueError, match=r"float16 weights cannot be trained: convert them first, model.float\(\)"):
+        make_optimizers(model.half())
+    assert len(make_optimizers(model.bfloat16())) == 2
+
+
 def test_thresholds_are_the_same_however_many_rows_go_at_once(monkeypatch):
     """calibrate row by row, as for logits that would not fit, sets what it sets from the whole batch."""
     _, _, sampler, config = setup("showo")

@@ -19,7 +19,7 @@ from .layer_switch import queries_and_keys
 from .objectives import cross_entropy
 from .routers import Plan, capacity
 from .tokenizer import Batch
-from .transformer import UnifiedTransformer, attention_mask, inference
+from .transformer import UnifiedTransformer, attention_mask, evaluating, inference
 
 KINDS = ("text", "image")
 
@@ -28,10 +28,12 @@ KINDS = ("text", "image")
 def attention_received(model: UnifiedTransformer, batch: Batch, task: str) -> dict:
     """{"text": (L,), "image": (L,)} float: attention that a token of this kind receives, 1 = what an even spread gives.
 
-        a_ij = softmax_j(q_i k_j / sqrt(d)), mean over heads;   mean of n_i a_ij over all i and all j of the kind that i sees
+        a_ij = softmax_j(q_i k_j / sqrt(d)), mean over heads
+        mean of n_i a_ij over all i and all j of the kind that i sees
 
-    n_i tokens are seen by i: so early tokens, seen by many, and late ones count alike. Special ids are text. NaN where a
-    batch has no token of a kind. Holds (B, H, T, T) of one layer at a time.
+    n_i tokens are seen by i: so early tokens, seen by many, and late ones count alike. Of all tokens, as if every layer
+    were dense. Special ids are text. NaN where a batch has no token of a kind. A few (B, H, T, T) at a time: with long
+    sequences, pass a few rows.
     """
     positions = model.context(batch.ids, None, batch.spans, batch.valid).positions
     see = attention_mask(positions, batch.spans, batch.valid)                # (B, 1, T, T)
@@ -45,8 +47,9 @@ def attention_received(model: UnifiedTransformer, batch: Batch, task: str) -> di
     return {kind: torch.stack(values) for kind, values in zip(KINDS, zip(*rows))}
 
 
+@inference
 def layer_importance(model: UnifiedTransformer, measure) -> tuple:
-    """(what measure(model) returns, [what it returns without layer l, for every l]).
+    """(what measure(model) returns, [what it returns without layer l, for every l]), without gradients or dropout.
 
     A layer is left out as a plan does it: keep 0 for every task. No weight is copied or changed.
     """
@@ -62,9 +65,12 @@ def competition(model: UnifiedTransformer, batches, steps: int, weights: dict, s
                 counted: int = 10, progress=iter) -> dict:
     """Both tasks' tokens compete for one router in every odd layer of a dense model: {task: [share that won, .. or None]}.
 
-    The routers learn for `steps` steps from the sum of weights[task] x cross-entropy, the model is frozen; then the shares
-    of `counted` more batches are counted. batches() -> {task: Batch} of fresh samples. None: an even layer, all stay.
+    The routers learn for `steps` steps from the sum of weights[task] x cross-entropy, the model is frozen; then the
+    shares of `counted` more batches are counted. batches() -> {task: Batch} of fresh samples. None: an even layer.
+    ValueError for a model that is not dense, or of one layer.
     """
+    if any(keep < 1 for row in model.plan.keep.values() for keep in row) or model.config.n_layer < 2:
+        raise ValueError(f"competition: a dense model of two layers or more is needed, this one's plan is\n{model.plan}")
     device = next(model.parameters()).device
     routers = {layer: nn.Linear(model.config.d_model, 1).to(device) for layer in range(1, model.config.n_layer, 2)}
     for router in routers.values():
@@ -72,7 +78,8 @@ def competition(model: UnifiedTransformer, batches, steps: int, weights: dict, s
     parameters = [p for router in routers.values() for p in router.parameters()]
     optimizer, won = torch.optim.Adam(parameters, lr), []
     for step in progress(range(steps + counted)):
-        losses, shares = compete(model, routers, {task: batch.to(device) for task, batch in batches().items()}, share)
+        with evaluating(model):
+            losses, shares = compete(model, routers, {task: batch.to(device) for task, batch in batches().items()}, share)
         if step < steps:
             total = sum(weights[task] * loss for task, loss in losses.items())
             for p, gradient in zip(parameters, torch.autograd.grad(total, parameters)):
@@ -92,19 +99,23 @@ def compete(model: UnifiedTransformer, routers: dict, batches: dict, share: floa
               sigmoid(s_i - the smallest winner)
         x_i <- x_i + m_i u_i, where every token stays a key
     """
+    for task, batch in batches.items():
+        model.check(batch.ids, task, None, batch.spans, batch.valid, "topk", None)
     contexts = {task: model.context(batch.ids, None, batch.spans, batch.valid) for task, batch in batches.items()}
     x = {task: model.embed_tokens(batch.ids, batch.valid) for task, batch in batches.items()}
     shares = {}
     for layer, block in enumerate(model.blocks):
         update = {task: block(x[task], own.rope, own.mask) for task, own in contexts.items()}
         if layer in routers:
-            scores = {task: routers[layer](x[task]).squeeze(-1) for task in x}               # (B, T)
+            router = routers[layer]
+            with torch.autocast(router.weight.device.type, enabled=False):                   # bf16 scores would tie
+                scores = {task: router(x[task].to(router.weight.dtype)).squeeze(-1) for task in x}      # (B, T)
             scores = {task: r + torch.rand_like(r).logit(1e-6) for task, r in scores.items()}
             pool = torch.cat([scores[task].detach()[batch.is_valid] for task, batch in batches.items()])
             least = pool.topk(max(1, capacity(share, len(pool)))).values[-1]
             for task, s in scores.items():
-                m, soft = (s >= least).float(), torch.sigmoid(s - least)
-                update[task] = (m + soft - soft.detach())[..., None] * update[task]
+                m, soft = (s >= least).to(s.dtype), torch.sigmoid(s - least)
+                update[task] = (m + soft - soft.detach())[..., None].to(update[task].dtype) * update[task]
                 shares[task, layer] = m[batches[task].is_valid].mean().item()
         x = {task: x[task] + update[task] for task in x}
     logits = {task: model.head(model.norm(x[task])) for task in x}

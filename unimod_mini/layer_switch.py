@@ -39,7 +39,8 @@ def rank_of(singular: Tensor, measure: str, tolerance: float) -> Tensor:
 
 
 def queries_and_keys(model: UnifiedTransformer, batch: Batch, task: str):
-    """Yields q and k of every layer in turn, (B, H, T, d) float32 each, for all tokens; 0 for padding."""
+    """Yields q and k of every layer in turn, (B, H, T, d) float32 each, of all tokens, routed or not; 0 for padding."""
+    model.check(batch.ids, task, None, batch.spans, batch.valid, "topk", None)
     context = model.context(batch.ids, None, batch.spans, batch.valid)
     valid, x = batch.is_valid, model.embed_tokens(batch.ids, batch.valid)
     for layer, block in enumerate(model.blocks):

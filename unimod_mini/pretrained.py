@@ -100,7 +100,7 @@ def config_from_hf(config: dict) -> ModelConfig:
 
     Dropout: attention_dropout is kept; Phi's resid_pdrop and embd_pdrop are not, nor Emu3's of the residual branches.
     """
-    if {"llm_vocab_size", "w_clip_vit"} <= set(config):
+    if "llm_vocab_size" in config:
         return showo_config(config)
     kind = config.get("model_type")
     if kind == "emu3":                                     # Emu3ForConditionalGeneration nests the language model
@@ -138,7 +138,7 @@ def showo_config(config: dict) -> ModelConfig:
 
     Ids: text, special tokens, image codes, mask.
     """
-    if config["w_clip_vit"]:
+    if config.get("w_clip_vit"):
         raise ValueError("w_clip_vit is true: its pictures are CLIP features, supported: false, pictures as codes")
     start = config["llm_vocab_size"] + config.get("num_new_special_tokens", 10)
     vocabulary = start + config.get("codebook_size", 8192) + 1
@@ -160,7 +160,7 @@ def safetensors() -> tuple:
         from safetensors import safe_open
         from safetensors.torch import save_file
     except ImportError as error:
-        raise ImportError(f'{error}; .safetensors files need the extra hf: pip install -e ".[hf]"') from None
+        raise ImportError(f"{error}; .safetensors files need it: pip install safetensors") from None
     return safe_open, save_file
 
 
@@ -170,7 +170,7 @@ def reading(file: Path):
     try:
         yield json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file}: {error}") from None
+        raise ValueError(f"{file}: {'no ' if isinstance(error, KeyError) else ''}{error}") from None
 
 
 def weight_files(folder: Path) -> list:
@@ -195,7 +195,8 @@ def tensors(file: Path):
     except (FileNotFoundError, ImportError):
         raise
     except Exception as error:                             # torch's own text advises to load it unsafely
-        raise ValueError(f"{file} is not a whole file of plain tensors") from error
+        raise ValueError(f"{file} is not a whole file of plain tensors (nor is a pointer of git-lfs, or a .bin from before "
+                         "torch 1.6)") from error
 
 
 def state_from(files: list, model: UnifiedTransformer, dtype) -> dict:
@@ -222,8 +223,8 @@ def state_from(files: list, model: UnifiedTransformer, dtype) -> dict:
 def load_pretrained(path, dtype: torch.dtype | None = None) -> UnifiedTransformer:
     """A folder, of Hugging Face or of save_pretrained -> the model, on the CPU, dense unless the folder has a plan.
 
-    dtype None keeps the file's; the weights are the file's own pages, never in memory twice. FileNotFoundError for what
-    is not there, ValueError for what does not fit or is refused.
+    In eval mode. dtype None keeps the file's: float32 or bfloat16 to train, not float16. The weights are the file's own
+    pages, never in memory twice. FileNotFoundError for what is not there, ValueError for what does not fit or is refused.
     """
     folder, plan = Path(path), None
     if not folder.is_dir():
@@ -234,11 +235,13 @@ def load_pretrained(path, dtype: torch.dtype | None = None) -> UnifiedTransforme
     if (ours := folder / "unimod.json").exists():
         with reading(ours) as stored:
             plan, config = Plan(**stored.pop("plan")), replace(config, **stored)
+            if plan.n_layer != config.n_layer:
+                raise ValueError(f"the plan has {plan.n_layer} layers, the model {config.n_layer}")
         files.append(folder / "unimod.safetensors")
     with torch.device("meta"):
         model = UnifiedTransformer(config, plan)
     model.load_state_dict(state_from(files, model, dtype), assign=True)
-    return model
+    return model.eval()
 
 
 def save_pretrained(model: UnifiedTransformer, path) -> None:

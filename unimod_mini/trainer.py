@@ -97,7 +97,12 @@ def hidden_and_rest(model: nn.Module) -> tuple[list, list]:
 
 
 def make_optimizers(model: nn.Module, lr: float = 0.01, lr_rest: float = 2e-3) -> list:
-    """Muon on the matrices of the blocks, AdamW on everything else (embeddings, head, norms, routers)."""
+    """Muon on the matrices of the blocks, AdamW on everything else (embeddings, head, norms, routers).
+
+    ValueError for float16 weights, in which AdamW's epsilon is 0.
+    """
+    if any(p.dtype == torch.float16 for p in model.parameters()):
+        raise ValueError("float16 weights cannot be trained: convert them first, model.float() or model.bfloat16()")
     hidden, rest = hidden_and_rest(model)
     return [Muon(hidden, lr), torch.optim.AdamW(rest, lr=lr_rest, betas=(0.9, 0.99), weight_decay=0.01)]
 

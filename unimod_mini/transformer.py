@@ -11,6 +11,7 @@ that dense and routed layers are the same line, x + g u, with g = 1 in a dense o
 Legend: B batch, T tokens, K kept tokens, D width, H heads, G key/value heads, d head width, V vocabulary.
 """
 
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import wraps
 from typing import NamedTuple
@@ -247,16 +248,23 @@ class Output(NamedTuple):
     routing: list                  # a Routing for each routed layer, None for a dense or a skipped one
 
 
+@contextmanager
+def evaluating(model: nn.Module):
+    """Inside, without dropout; afterwards the model trains on if it did before."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 def inference(function):
-    """Decorates function(model, ..): without gradients or dropout; afterwards the model trains on if it did before."""
+    """Decorates function(model, ..): without gradients or dropout."""
     @wraps(function)
     def run(model, *args, **options):
-        training = model.training
-        try:
-            with torch.no_grad():
-                return function(model.eval(), *args, **options)
-        finally:
-            model.train(training)
+        with torch.no_grad(), evaluating(model):
+            return function(model, *args, **options)
     return run
 
 
