@@ -25,7 +25,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.choices import begin, cli, drawing, toy  # noqa: E402
 from benchmarks.growth import COLORS, GAP, HIGH, LEFT, TOP, WIDE, Panel, round_steps, svg  # noqa: E402
-from unimod_mini import Plan, arank_table, calibrate, plan_for_budget  # noqa: E402
+from unimod_mini import Plan, arank_table, calibrate, layer_switch  # noqa: E402
 from unimod_mini.analysis import attention_received, competition, layer_importance  # noqa: E402
 from unimod_mini.evaluate import ask_and_judge, draw_and_judge, share  # noqa: E402
 from unimod_mini.files import whole_file  # noqa: E402
@@ -132,9 +132,7 @@ def synergy(world, tokenizer, data, both, args, device) -> list:
     """[{"model": .., scores}]: dense and UniMoD, trained for both tasks and for each alone."""
     setting = toy.SETTINGS[args.backbone]
     sampler = lambda part: data(part, setting["t2i"], setting["mmu"])
-    table = arank_table(both, {task: batch.to(device) for task, batch in data(1, 20, 50)().items()})
-    lengths = {task: tokenizer.length(task) for task in TASKS}
-    plan = plan_for_budget("unimod", table, both.config, lengths, setting["budget"])
+    plan = layer_switch(both, {task: batch.to(device) for task, batch in data(1, 20, 50)().items()}, setting["budget"])
     rows = []
     for tasks in (TASKS, ("t2i",), ("mmu",)):
         dense = both

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from helpers import BACKBONES, N_LAYER, build, call, naive_sees, plans, real, seeds, tiny
 from unimod_mini import analysis
 from unimod_mini.objectives import cross_entropy
-from unimod_mini.routers import Plan, capacity
+from unimod_mini.routers import Plan, TaskRouter, capacity
 from unimod_mini.tokenizer import IGNORE, Batch
 
 backbones, paddings = st.sampled_from(BACKBONES), st.sampled_from(("none", "left", "right", "both", "holes"))
@@ -122,7 +122,10 @@ def test_a_layer_that_does_nothing_is_not_missed():
 
 def routers(config, seed=0):
     torch.manual_seed(seed)
-    return {layer: torch.nn.Linear(config.d_model, 1).double() for layer in range(1, config.n_layer, 2)}
+    out = {layer: TaskRouter(config.d_model, 0, ()).double() for layer in range(1, config.n_layer, 2)}
+    for router in out.values():
+        torch.nn.init.normal_(router.score.weight, std=config.d_model ** -0.5)
+    return out
 
 
 @few
@@ -156,12 +159,12 @@ def test_winners_update_and_learn(backbone, monkeypatch):
     model, own = build(config), routers(config)
     batches = {task: sample(config, 2, 9, n, "left") for n, task in enumerate(("t2i", "mmu"))}
     losses, _ = analysis.compete(model, own, batches, 0.4)
-    got = torch.autograd.grad(losses["t2i"] + losses["mmu"], own[1].bias)[0]
+    got = torch.autograd.grad(losses["t2i"] + losses["mmu"], own[1].score.bias)[0]
 
     contexts = {task: model.context(b.ids, None, b.spans, b.valid) for task, b in batches.items()}
     x = {task: model.embed_tokens(b.ids, b.valid) for task, b in batches.items()}
     x = {task: x[task] + model.blocks[0](x[task], c.rope, c.mask) for task, c in contexts.items()}
-    r = {task: own[1](x[task]).squeeze(-1).detach() for task in x}
+    r = {task: own[1].score(x[task]).squeeze(-1).detach() for task in x}
     pool = sorted((v for task, b in batches.items() for v in r[task][b.is_valid].tolist()), reverse=True)
     least = pool[capacity(0.4, len(pool)) - 1]
     wanted, m = 0.0, {task: (r[task] >= least).double().requires_grad_() for task in r}

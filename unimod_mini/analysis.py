@@ -13,11 +13,10 @@ Legend: B batch, T tokens, D width, H heads, d head width, L layers.
 from copy import copy
 
 import torch
-from torch import nn
 
 from .layer_switch import queries_and_keys
 from .objectives import cross_entropy
-from .routers import Plan, capacity
+from .routers import Plan, TaskRouter, capacity
 from .tokenizer import Batch
 from .transformer import UnifiedTransformer, attention_mask, evaluating, inference
 
@@ -72,9 +71,7 @@ def competition(model: UnifiedTransformer, batches, steps: int, weights: dict, s
     if any(keep < 1 for row in model.plan.keep.values() for keep in row) or model.config.n_layer < 2:
         raise ValueError(f"competition: a dense model of two layers or more is needed, this one's plan is\n{model.plan}")
     device = next(model.parameters()).device
-    routers = {layer: nn.Linear(model.config.d_model, 1).to(device) for layer in range(1, model.config.n_layer, 2)}
-    for router in routers.values():
-        nn.init.zeros_(router.weight), nn.init.zeros_(router.bias)
+    routers = {layer: TaskRouter(model.config.d_model, 0, ()).to(device) for layer in range(1, model.config.n_layer, 2)}
     parameters = [p for router in routers.values() for p in router.parameters()]
     optimizer, won = torch.optim.Adam(parameters, lr), []
     for step in progress(range(steps + counted)):
@@ -107,9 +104,7 @@ def compete(model: UnifiedTransformer, routers: dict, batches: dict, share: floa
     for layer, block in enumerate(model.blocks):
         update = {task: block(x[task], own.rope, own.mask) for task, own in contexts.items()}
         if layer in routers:
-            router = routers[layer]
-            with torch.autocast(router.weight.device.type, enabled=False):                   # bf16 scores would tie
-                scores = {task: router(x[task].to(router.weight.dtype)).squeeze(-1) for task in x}      # (B, T)
+            scores = {task: routers[layer].rate(x[task]) for task in x}                      # (B, T)
             scores = {task: r + torch.rand_like(r).logit(1e-6) for task, r in scores.items()}
             pool = torch.cat([scores[task].detach()[batch.is_valid] for task, batch in batches.items()])
             least = pool.topk(max(1, capacity(share, len(pool)))).values[-1]

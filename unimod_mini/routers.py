@@ -247,15 +247,19 @@ class TaskRouter(nn.Module):
         for task in tasks:
             self.register_buffer(f"threshold_{task}", torch.zeros(()))
 
+    def rate(self, x: Tensor) -> Tensor:
+        """x (B, T, D) -> r = R(x) (B, T), float32 or better, also under autocast: bf16 scores would tie by the dozen."""
+        dtype = torch.promote_types(self.score.weight.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(dtype), self.score.weight.to(dtype), self.score.bias.to(dtype)).squeeze(-1)
+
     def forward(self, x: Tensor, task: str, keep: float, context, rule: str, before=None) -> Routing:
         """x (B, T, D) -> Routing. rule: "topk" and "predicted" look at the whole sequence and take the best k by score or
         by predictor, "causal" decides token by token.
 
         before: behind a cache, how many tokens earlier chunks had, (B, 1), and how many of those this layer kept, a list.
         """
-        dtype = torch.promote_types(self.score.weight.dtype, torch.float32)   # bf16 scores would tie by the dozen
-        with torch.autocast(x.device.type, enabled=False):                    # r = R_t(x)               (B, T)
-            scores = F.linear(x.to(dtype), self.score.weight.to(dtype), self.score.bias.to(dtype)).squeeze(-1)
+        scores = self.rate(x)                                                 # r = R_t(x)               (B, T)
         # stop-gradient: the predictor's loss never moves the model                                      (B, T)
         logits = scores if self.predictor is None else self.predictor(x.detach()).squeeze(-1)
         if rule == "causal":
