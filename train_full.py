@@ -21,17 +21,17 @@ from typing import NamedTuple
 import torch
 
 from unimod_mini import (METHODS, ModelConfig, Plan, UnifiedTransformer, arank_table, calibrate, checkpoints,
-                         plan_for_budget, save_checkpoint)
+                         plan_for_budget, predictor_report, save_checkpoint)
 from unimod_mini.distributed import Ranks, from_first, join, sigterm
 from unimod_mini.flops import flops_ratio
 from unimod_mini.journal import Clock, Journal, figures, line, samples
-from unimod_mini.layer_switch import least_cost
+from unimod_mini.layer_switch import least_cost, show_table
 from unimod_mini.objectives import TASK_WEIGHTS
 from unimod_mini.routers import TASKS
 from unimod_mini.run import Run, share_out, to_device
 from unimod_mini.settings import help_of, listing, nearest, overrides
 from unimod_mini.shards import Loader, Shards
-from unimod_mini.trainer import find_device, load_weights, precision
+from unimod_mini.trainer import find_device, load_weights, precision, precision_name
 from unimod_mini.transformer import PRESETS as PUBLISHED
 
 # --------------------------------------------------------------------------------------------------------------
@@ -47,11 +47,11 @@ PRESETS = {
 CHOICES = {"preset": (*PRESETS, *PUBLISHED), "method": METHODS, "optimizer": ("adamw", "muon"),
            "decay": ("cosine", "linear"), "parallel": ("ddp", "fsdp"), "resume": ("no", "auto")}
 RANGES = {**dict.fromkeys(("steps", "accumulate", "warmup", "log_every", "eval_every", "eval_samples", "sample_every",
-                           "save_every", "keep"), (1, math.inf)),
+                           "save_every", "keep_checkpoints"), (1, math.inf)),
           **dict.fromkeys(("lr", "muon_lr", "clip", "timeout"), (1e-12, 1e12)), "budget": (0.01, 1), "dense": (0, 1),
           "drop": (0, 1), "ema": (0, 0.99999), **dict.fromkeys((*TASKS, "weight_decay"), (0, math.inf))}
 FREE = {"out", "data", "resume", "steps", "parallel", "accumulate", "compile", "activation_checkpointing", "device",
-        "timeout", "log_every", "eval_every", "eval_samples", "sample_every", "save_every", "keep",
+        "timeout", "log_every", "eval_every", "eval_samples", "sample_every", "save_every", "keep_checkpoints",
         "lr", "muon_lr", "weight_decay", "warmup", "decay", "clip"}          # what a run that goes on may change ..
 UNTIL_SWITCH = {"dense", "method", "budget"}               # .. and what else, before the layer switch
 SWITCH = {"t2i": 20, "mmu": 50, "lm": 20}                  # samples that ARank is measured on (the paper's numbers)
@@ -95,7 +95,7 @@ class Config:
     eval_samples: int = 256        # of each task
     sample_every: int = 500        # .. two sheets of pictures and answers
     save_every: int = 500          # .. two checkpoints
-    keep: int = 3                  # checkpoints that are kept, besides the best
+    keep_checkpoints: int = 3      # the last ones, besides the best
 
     def __post_init__(self):
         """ValueError for a value that nothing can be done with, naming the setting."""
@@ -263,12 +263,12 @@ def find_start(job: Job, given: Plan | None) -> tuple:
 
 
 def save(run: Run, job: Job, held: float | None) -> None:
-    """A checkpoint of this step; the last --keep of them and the best stay."""
+    """A checkpoint of this step; the last --keep-checkpoints of them and the best stay."""
     facts = {"stage": run.stage, "since": run.since, "held": held, "world": job.ranks.world, **job.about,
              "plan": asdict(run.model.plan)}
     checkpoints.save(job.out / "checkpoints", run.step, run.tensors(), facts, job.ranks)
     if job.ranks.first:
-        checkpoints.prune(job.out / "checkpoints", job.config.keep)
+        checkpoints.prune(job.out / "checkpoints", job.config.keep_checkpoints)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -296,9 +296,7 @@ def measure(model: UnifiedTransformer, job: Job, step: int) -> tuple:
     told = " + ".join(f"{n} {task}" for task, n in wanted.items())
     print(f"layer switch after {step} steps: ARank over length, on {told} samples", flush=True)
     table = arank_table(model.to(job.device), to_device(job.batches(wanted), job.device))
-    print("layer  " + "".join(f"{task:>8}" for task in table))
-    for layer, row in enumerate(zip(*table.values())):
-        print(f"{layer:>5}  " + "".join(f"{rank:>8.3f}" for rank in row))
+    print(show_table(table))
     plan = plan_for_budget(job.config.method, table, config, job.lengths, job.config.budget, job.counts)
     plan.save(job.out / "plan.json")
     saved = 1 - flops_ratio(config, plan, job.lengths, "train", job.counts)
@@ -333,6 +331,17 @@ def finished_model(run: Run, job: Job) -> UnifiedTransformer | None:
     with precision(job.device):
         calibrate(model, to_device(job.batches(dict.fromkeys(job.counts, CALIBRATION)), job.device))
     return model
+
+
+def membership(model: UnifiedTransformer, job: Job) -> dict:
+    """predictor_report on held-out samples (training's, if there are none), its means printed."""
+    wanted = dict.fromkeys(job.counts, CALIBRATION)
+    with precision(job.device):
+        found = predictor_report(model, to_device(job.batches(wanted, "held") or job.batches(wanted), job.device))
+    if found["by_layer"]:
+        print("predictors agree with top-k on {accuracy:.1%} of the tokens (base rate {base_rate:.1%}); causal routing keeps "
+              "{capacity_realised:.1%}, top-k {capacity_trained:.1%}".format(**found), flush=True)
+    return found
 
 
 def draw(model: UnifiedTransformer, job: Job, step: int) -> None:
@@ -408,7 +417,7 @@ def introduce(run: Run, job: Job) -> None:
     there = {task: [job.shards.count(task, split) for split in ("train", "held")] for task in job.counts}
     job.say(listing(job.config), f"{run.model.config}",
             f"{sum(p.numel() for p in run.model.parameters()):,} parameters; {job.ranks.world} process(es) on "
-            f"{job.device.type}, torch {torch.__version__}, bf16 {'on' if precision(job.device)._enabled else 'off'}",
+            f"{job.device.type}, torch {torch.__version__}, {precision_name(job.device)}",
             *(f"{task}: {job.counts[task]} of {n} samples a step, {held} held out, {job.lengths[task]} tokens each"
               for task, (n, held) in there.items()))
 
@@ -429,7 +438,8 @@ def main(argv=None) -> dict:
         else:
             model = finished_model(run, job)
             if model is not None:
-                save_checkpoint(job.out / "model.pt", model, tokenizer=job.shards.tokenizer.state(), drawing=DRAWING)
+                save_checkpoint(job.out / "model.pt", model, tokenizer=job.shards.tokenizer.state(), drawing=DRAWING,
+                                predictor=membership(model, job))
                 print(f"{job.out}/model.pt written", flush=True)
                 draw(model, job, run.step)
         if journal is not None:

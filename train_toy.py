@@ -25,9 +25,10 @@ from unimod_mini import (METHODS, ModelConfig, Palette, Pictures, Plan, Tokenize
                          make_optimizers, plan_for_budget, predictor_report, save_checkpoint, train_step)
 from unimod_mini.evaluate import blind_accuracy, evaluate
 from unimod_mini.files import whole_file
+from unimod_mini.layer_switch import show_table
 from unimod_mini.objectives import TASK_WEIGHTS, drop_prompts, mask_image_tokens
 from unimod_mini.show import save_png, terminal
-from unimod_mini.trainer import find_device, learning_rate, precision, seed_everything
+from unimod_mini.trainer import find_device, learning_rate, precision, precision_name, seed_everything
 
 # --------------------------------------------------------------------------------------------------------------
 # Settings: what each backbone needs. Budget: training FLOPs of the plan over those of dense. mmu_weight: what its loss
@@ -35,8 +36,9 @@ from unimod_mini.trainer import find_device, learning_rate, precision, seed_ever
 # --------------------------------------------------------------------------------------------------------------
 
 SETTINGS = {
-    "emu3": dict(steps=1000, t2i=12, mmu=36, mmu_weight=4.0, budget=0.60, temperature=0.7, guidance=1.0, draw_steps=1),
-    "showo": dict(steps=1250, t2i=36, mmu=16, mmu_weight=2.0, budget=0.85, temperature=1.0, guidance=1.0, draw_steps=16),
+    "emu3": dict(steps=1000, t2i=12, mmu=36, mmu_weight=4.0, budget=0.60, drawing={"temperature": 0.7, "guidance": 1.0}),
+    "showo": dict(steps=1250, t2i=36, mmu=16, mmu_weight=2.0, budget=0.85,
+                  drawing={"temperature": 1.0, "guidance": 1.0, "steps": 16}),
 }
 AIMS = {"t2i": 0.90, "mmu": 0.95}
 EVAL_SCENES = 504                  # of each task, from seeds that training never uses
@@ -107,7 +109,7 @@ def train(model, sampler, steps: int, decay: float, device, label: str, mmu_weig
         batches = {task: batch.to(device) for task, batch in sampler().items()}
         start = time.perf_counter()
         with precision(device):
-            losses = train_step(model, optimizers, batches, learning_rate(step, steps, decay=decay), weights, step)
+            losses = train_step(model, optimizers, batches, step, learning_rate(step, steps, decay=decay), weights)
         if step % 10 == 9 or step == steps - 1:            # reading a loss waits for the device
             means = {task: f"{loss.item():.3f}" for task, loss in losses.items()}
             bar.set_postfix(means, refresh=False)
@@ -153,7 +155,7 @@ def main(argv=None) -> dict:
                "dense": train(dense, same_data, more, 0.7, device, "dense", setting["mmu_weight"])}
 
     print(f"\n4. evaluation: {EVAL_SCENES} unseen scenes of each task, one sample each, free-running")
-    drawing = {"temperature": setting["temperature"], "guidance": setting["guidance"], "steps": setting["draw_steps"]}
+    drawing = setting["drawing"]
     saved = 1 - flops["routed"] / flops["dense"]
     results = judge(dense, routed, sampler, args.seed, drawing, flops, step_ms, device)
     metrics = {"backbone": args.backbone, "method": args.method, "seed": args.seed,
@@ -172,9 +174,7 @@ def switch(dense, sampler, method: str, budget: float, device) -> tuple[Plan, di
     tokenizer, config = sampler.tokenizer, dense.config
     table = arank_table(dense, {task: batch.to(device) for task, batch in sampler(20, 50).items()})
     plan = plan_for_budget(method, table, config, {task: tokenizer.length(task) for task in table}, budget)
-    print("layer  " + "".join(f"{task:>8}" for task in table))
-    for layer, row in enumerate(zip(*table.values())):
-        print(f"{layer:>5}  " + "".join(f"{rank:>8.3f}" for rank in row))
+    print(show_table(table))
     flops = {"dense": step_flops(config, None, tokenizer), "routed": step_flops(config, plan, tokenizer)}
     print(f"\nplan ({method}), {1 - flops['routed'] / flops['dense']:.1%} of the training FLOPs saved "
           f"(full n x n attention)\n{plan}")
@@ -201,7 +201,7 @@ def judge(dense, routed, sampler, seed: int, drawing: dict, flops: dict, step_ms
 def introduce(model, tokenizer, example: dict, device, seed: int) -> None:
     """The configuration, the parameters, the tasks and one sequence of each, id by id."""
     print(f"config   {model.config}\ndevice   {device}, seed {seed}, {torch.get_num_threads()} threads, "
-          f"bf16 {'on' if precision(device)._enabled else 'off'}")
+          f"{precision_name(device)}")
     print(f"model    {sum(p.numel() for p in model.parameters()):,} parameters, vocabulary of {tokenizer.vocab_size}")
     for task, batch in example.items():
         print(f"{task:<8} {batch.ids.shape[1]} tokens: {' '.join(tokenizer.name(i) for i in batch.ids[0].tolist())}")

@@ -2,6 +2,7 @@
 
     python benchmarks/analysis.py observations [--backbone emu3] [--steps 1000] [--dense FILE] [--out FILE]
     python benchmarks/analysis.py synergy [--backbone emu3] [--steps 1000] [--out FILE]
+    python benchmarks/analysis.py plans [--backbone emu3] [--steps 1000] [--dense FILE] [--out FILE]
 
 observations, by layer: ARank over length; attention that text and image tokens receive; what is lost without the layer,
 in cross-entropy and accuracy; whose tokens win when both tasks compete for one router, with equal weights of the tasks'
@@ -9,6 +10,8 @@ losses, and with those of train_toy.py.
 synergy: a model of each task alone and one of both, on the same samples of a task in every step; then half as many
 steps more of each, dense and with UniMoD's plan (of the model of both). Held out: a colour-shape pair that training
 never shows.
+plans: how far a plan of train_toy.py's budget depends on the samples that ARank is measured on, and on what counts as
+rank.
 
 --dense keeps the dense model in this file and takes it, and its steps, from there the next time. --out: a file of JSON,
 and of observations a drawing beside it.
@@ -23,9 +26,9 @@ from random import Random
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.choices import begin, cli, drawing, toy  # noqa: E402
+from benchmarks.choices import MEASURES, begin, cli, toy  # noqa: E402
 from benchmarks.growth import COLORS, GAP, HIGH, LEFT, TOP, WIDE, Panel, round_steps, svg  # noqa: E402
-from unimod_mini import Plan, arank_table, calibrate, layer_switch  # noqa: E402
+from unimod_mini import Plan, arank_table, calibrate, layer_switch, plan_from_arank  # noqa: E402
 from unimod_mini.analysis import attention_received, competition, layer_importance  # noqa: E402
 from unimod_mini.evaluate import ask_and_judge, draw_and_judge, share  # noqa: E402
 from unimod_mini.files import whole_file  # noqa: E402
@@ -34,6 +37,7 @@ from unimod_mini.objectives import cross_entropy  # noqa: E402
 TASKS = ("t2i", "mmu")
 SAMPLES = 256                # of each task, for what is measured
 ROUTER_STEPS, COMPETING = 150, 24    # of the competition, on so many samples of each task
+DRAWS, COUNTS = 8, (1, 5, 20, 50, 256)    # of plans: so many plans, each from other samples, for each number of samples
 
 
 @toy.torch.no_grad()
@@ -49,7 +53,7 @@ def score(model, world, tokenizer, data, args, held_out=(False,), tasks=TASKS) -
             rng = Random(f"evaluate {args.seed} {task} {held}")
             if task == "t2i":
                 right = draw_and_judge(model, tokenizer, world, world.sample_t2i(args.scenes, rng, held)[0],
-                                       **drawing(args.backbone))
+                                       **toy.SETTINGS[args.backbone]["drawing"])
             else:
                 right = ask_and_judge(model, tokenizer, *world.sample_mmu(args.scenes, rng, held))
             out[f"held {task}" if held else task] = share(right)
@@ -156,15 +160,45 @@ def show_row(row: dict) -> str:
     return f"{row['model']:<20}" + "".join(f"{name:>10}{value:>7.3f}" for name, value in row.items() if name != "model")
 
 
+# --------------------------------------------------------------------------------------------------------------
+# How far a plan can be trusted
+# --------------------------------------------------------------------------------------------------------------
+
+def plans(world, tokenizer, data, dense, args, device) -> dict:
+    """{"samples": a row for each number of samples, "measures": {measure: keep ratios, {task: row}}}."""
+    budget, lengths = toy.SETTINGS[args.backbone]["budget"], {task: tokenizer.length(task) for task in TASKS}
+
+    def switch(counts: tuple, part: int, measure: str = MEASURES[0]) -> tuple[dict, dict]:
+        """(ARank, keep ratios) from fresh samples; every part has its own."""
+        samples = {task: batch.to(device) for task, batch in data(part, *counts)().items()}
+        kind, tolerance = measure.split()
+        table = arank_table(dense, samples, kind, float(tolerance))
+        return table, plan_from_arank(table, dense.config, lengths, budget).keep
+
+    rows = []
+    for count in tqdm(COUNTS, desc="samples", unit="count"):
+        drawn = [switch((count, count), 10 + part) for part in range(DRAWS)]
+        ranks, keeps = (toy.torch.tensor([[table[task] for task in TASKS] for table in tables]) for tables in zip(*drawn))
+        usual = (keeps < 1).float().mean(0).round()                          # (tasks, layers): is the layer switched?
+        rows.append({"samples": count, "arank": (ranks.std(0) / ranks.mean(0)).mean().item(),
+                     "keep": keeps.std(0).mean().item(), "kind": ((keeps < 1) != usual).float().mean().item()})
+        print(f"{count} samples of each task: ARank varies by {rows[-1]['arank']:.1%}, keep ratios by {rows[-1]['keep']:.3f} "
+              f"(standard deviation of {DRAWS} draws, mean over layers), other kind: {rows[-1]['kind']:.1%}", flush=True)
+    found = {measure: switch((20, 50), 1, measure)[1] for measure in MEASURES}
+    for measure, keep in found.items():
+        print(f"{measure:<12}" + "  ".join(f"{task} " + " ".join(f"{k:.2f}" for k in row) for task, row in keep.items()))
+    return {"samples": rows, "measures": found}
+
+
 def main() -> None:
-    parser = cli(__doc__.split("\n")[0], ("observations", "synergy"), steps=1000)
+    parser = cli(__doc__.split("\n")[0], ("observations", "synergy", "plans"), steps=1000)
     parser.add_argument("--out", help="a file for the numbers, JSON; observations are drawn beside it, as .svg")
     args, device = parser.parse_args(), toy.find_device()
     try:
         ready = begin(args, device)
     except ValueError as error:
         parser.error(error)
-    found = {"observations": observations, "synergy": synergy}[args.field](*ready, args, device)
+    found = {"observations": observations, "synergy": synergy, "plans": plans}[args.field](*ready, args, device)
     if args.field == "observations":
         print(show_observations(found, args))
     if args.out:

@@ -1,13 +1,15 @@
 """Which method, which gate, who decides membership? One dense model goes on with each choice, on the same data.
 
     python benchmarks/choices.py method [--backbone emu3] [--steps 1000] [--more 500] [--scenes 504] [--dense FILE]
+    python benchmarks/choices.py measure [.. the same]
     python benchmarks/choices.py gate
     python benchmarks/choices.py membership
 
 method: UniMoD; the same keep ratios for the layers in the order of what the loss gains from each, instead of ARank's
-order; its plan with one router for both tasks; and the methods of the paper's comparison. The first three and mod meet
-the budget of train_toy.py, interleaved and early_exit save what they save, dense nothing. gate, membership: the values
-of the config field, all with UniMoD's plan.
+order; its plan with one router for both tasks; ARank's mean over both tasks, so one plan and one router for both; and
+the methods of the paper's comparison. The first four and mod meet the budget, interleaved and early_exit save what they
+save, dense nothing. measure: what counts as rank in ARank, with its tolerance. gate, membership: the values of the config
+field, all with UniMoD's plan. --only runs some of the choices; --budget is that of train_toy.py when not given.
 
 For each choice, on fresh data: the losses of both tasks and free-running accuracies, with top-k and with causal routing,
 how often membership agrees with top-k, and its base rate. --dense keeps the dense model in this file and takes it, and
@@ -27,8 +29,10 @@ from unimod_mini.evaluate import evaluate  # noqa: E402
 from unimod_mini.objectives import cross_entropy  # noqa: E402
 from unimod_mini.routers import GATES, MEMBERSHIP_WEIGHT  # noqa: E402
 
+MEASURES = ("energy 0.1", "energy 0.01", "rank 0.1", "rank 0.01", "rank 1e-7")    # of arank, with their tolerances
 FIELDS = {"gate": tuple(GATES), "membership": tuple(MEMBERSHIP_WEIGHT),
-          "method": ("unimod", "by loss", "one router", *METHODS[1:])}
+          "measure": MEASURES,
+          "method": ("unimod", "by loss", "one router", "one plan", *METHODS[1:])}
 NAMES = ("saved", "ce t2i", "ce t2i c.", "ce mmu", "ce mmu c.", "t2i", "t2i c.", "mmu", "mmu c.", "agreement", "base rate")
 
 
@@ -70,18 +74,16 @@ def begin(args, device):
     return world, tokenizer, data, dense
 
 
-def drawing(backbone: str) -> dict:
-    """How train_toy.py lets this backbone draw."""
-    setting = toy.SETTINGS[backbone]
-    return {"temperature": setting["temperature"], "guidance": setting["guidance"], "steps": setting["draw_steps"]}
-
-
 def main() -> None:
     parser = cli(__doc__.split("\n")[0], FIELDS, steps=400)
     parser.add_argument("--more", type=int, help="steps of each choice; half of --steps when not given")
+    parser.add_argument("--budget", type=float, help="training FLOPs over dense; train_toy.py's when not given")
+    parser.add_argument("--only", nargs="+", help="these choices alone")
     args = parser.parse_args()
     setting, device = toy.SETTINGS[args.backbone], toy.find_device()
-    sizes = setting["t2i"], setting["mmu"]
+    sizes, budget, wanted = (setting["t2i"], setting["mmu"]), args.budget or setting["budget"], args.only or FIELDS[args.field]
+    if unknown := set(wanted) - set(FIELDS[args.field]):
+        parser.error(f"--only {' '.join(sorted(unknown))}: the choices of {args.field} are {', '.join(FIELDS[args.field])}")
     try:
         world, tokenizer, data, dense = begin(args, device)
     except ValueError as error:
@@ -92,13 +94,20 @@ def main() -> None:
     print(f"{args.backbone}, seed {args.seed}, {args.steps} dense steps, then {more} more of each, {args.scenes} "
           "scenes a task\nsaved: training FLOPs; ce: cross-entropy; t2i, mmu: accuracies; c.: causal routing, else top-k; "
           "agreement: of membership with top-k\n" + f"{args.field:<12}" + "".join(f"{name:>12}" for name in NAMES), flush=True)
-    for choice in FIELDS[args.field]:
-        own = by_loss(dense, table, samples) if choice == "by loss" else table
-        plan, changes = variant(args.field, choice, own, dense.config, lengths, setting["budget"])
+    for choice in wanted:
+        toy.seed_everything(args.seed)                     # a choice does not depend on those before it
+        if choice == "by loss":
+            own = by_loss(dense, table, samples)
+        elif args.field == "measure":
+            measure, tolerance = choice.split()
+            own = arank_table(dense, samples, measure, float(tolerance))
+        else:
+            own = table
+        plan, changes = variant(args.field, choice, own, dense.config, lengths, budget)
         model, fresh = dense.with_plan(plan, **changes), data(2, *sizes)
         toy.train(model, fresh, more, 0.7, device, choice, setting["mmu_weight"])
         values = [1 - flops_ratio(dense.config, plan, lengths, "train"),
-                  *judge(model, fresh, world, args.scenes, args.seed, drawing(args.backbone), device)]
+                  *judge(model, fresh, world, args.scenes, args.seed, setting["drawing"], device)]
         print(f"{choice:<12}" + "".join(f"{value:>12.3f}" for value in values), flush=True)
 
 
@@ -115,10 +124,11 @@ def by_loss(dense, table: dict, samples: dict) -> dict:
 def variant(field: str, choice: str, table: dict, config, lengths: dict, budget: float) -> tuple[Plan, dict]:
     """The plan of this choice, and what it changes in the config."""
     method = choice if choice in METHODS else "unimod"
+    if choice == "one plan":                               # ARank's mean over the tasks: nothing is task-aware
+        table = dict.fromkeys(table, [sum(column) / len(column) for column in zip(*table.values())])
     plan = plan_for_budget(method, table, config, lengths, budget)
-    if field == "method":
-        return (Plan(plan.keep, shared_router=True) if choice == "one router" else plan), {}
-    return plan, {field: choice}
+    plan = Plan(plan.keep, plan.shared_router or choice in ("one router", "one plan"))
+    return plan, {field: choice} if field in ("gate", "membership") else {}
 
 
 @toy.torch.no_grad()

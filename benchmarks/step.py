@@ -31,11 +31,10 @@ from benchmarks.text_models import TextModel  # noqa: E402
 from benchmarks.timing import Step, has_sync, race  # noqa: E402
 from unimod_mini import Batch, ModelConfig, Plan, UnifiedTransformer, count_flops, flops_ratio  # noqa: E402
 from unimod_mini.files import whole_file  # noqa: E402
-from unimod_mini.flops import peak_flops  # noqa: E402
+from unimod_mini.flops import bisect, peak_flops  # noqa: E402
 from unimod_mini.memory import activation_bytes  # noqa: E402
-from unimod_mini.published import bisect  # noqa: E402
 from unimod_mini.routers import capacity  # noqa: E402
-from unimod_mini.trainer import find_device, precision, seed_everything  # noqa: E402
+from unimod_mini.trainer import find_device, precision, precision_name, seed_everything  # noqa: E402
 
 SAVINGS = (0.15, 0.40, 0.60)
 IMAGE = 1026 / 1408                # share of a Show-o sequence that is soi..eoi: 512 pixels, as it was trained
@@ -243,7 +242,7 @@ def where(args, device) -> dict:
     """What the figures depend on besides the sizes."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     return {"device": device.type, "hardware": name, "torch": torch.__version__, "preset": args.preset,
-            "dtype": "bf16 autocast" if precision(device)._enabled else "float32", "compile": args.compile,
+            "dtype": precision_name(device), "compile": args.compile,
             "optimizer": "AdamW, fused", "interval": args.interval, "seconds": args.seconds,
             "memory": "peak, measured" if device.type == "cuda" else "activations of a batch, closed form, float32"}
 

@@ -63,7 +63,7 @@ class Step:
 
     def __call__(self) -> None:
         with precision(self.device):                       # the rule of training changes with every other pair
-            train_step(self.model, [self.optimizer], self.batches, 1.0, step=self.number // 2)
+            train_step(self.model, [self.optimizer], self.batches, self.number // 2, 1.0)
         self.number += 1
 
     def seconds(self) -> float:

@@ -144,7 +144,7 @@ def naive_rotate(x, rope):
 def naive_block(block, config, x, positions, spans, key):
     """The update u of one row x (T, D) at full length: tokens outside `key` are queries, but no keys."""
     attention, (T, D), d = block.attention, x.shape, config.head_width
-    rope = rotary(positions[None], config.rope_dims, config.rope_theta)[0].to(x.dtype)
+    rope = rotary(positions[None], config.rope_dims, config.rope_theta, torch.promote_types(x.dtype, torch.float32))[0]
     sees = torch.tensor([[naive_sees(i, j, positions, spans, key) for j in range(T)] for i in range(T)])
     normed = naive_norm(block.norm, x)
     qs, ks, vs = (naive_linear(part, normed).split(d, dim=1) for part in (attention.q, attention.k, attention.v))

@@ -312,6 +312,25 @@ def test_another_dtype_in_a_later_chunk():
     assert cache.length == 2 and cache.layers[0].counts == [2]
 
 
+@pytest.mark.parametrize("dtype", (torch.int32, torch.uint8))
+def test_spans_of_another_integer_type(dtype):
+    """Behind a cache spans may be of any integer type, as without one."""
+    model = build(tiny("showo"), one_plan(1, .5, 1))
+    ids, spans = torch.tensor([[1, 2, 21, 22, 23]]), torch.tensor([[0, 0, 1, 1, 1]])
+    cache = Cache(model, "t2i", 1, 8)
+    model(ids[:, :2], task="t2i", routing="causal", cache=cache)
+    logits = model(ids[:, 2:], task="t2i", spans=spans[:, 2:].to(dtype), routing="causal", cache=cache).logits
+    whole = model(ids, task="t2i", spans=spans, routing="causal").logits
+    assert torch.allclose(logits, whole[:, 2:], atol=1e-12)
+
+
+def test_a_cache_of_another_model():
+    """A cache holds keys of one model: another one refuses it, whatever its shape."""
+    one, two = (build(tiny("emu3"), one_plan(1, .5, 1), seed) for seed in (0, 1))
+    with pytest.raises(ValueError, match="this cache was made for another model: make a new one"):
+        two(torch.tensor([[1]]), task="mmu", routing="causal", cache=Cache(one, "mmu", 1, 8))
+
+
 def test_a_cache_for_an_unknown_task():
     """Cache(model, task): the task must be one of the plan's."""
     model = UnifiedTransformer(tiny("emu3"), one_plan(1, .5, 1))

@@ -44,6 +44,9 @@ def test_the_methods_of_the_comparison():
     assert saved["unimod"] == pytest.approx(0.4, abs=5e-3) == saved["mod"] and saved["dense"] == 0
     assert plans["one router"][0] == choices.Plan(plans["unimod"][0].keep, shared_router=True) != plans["unimod"][0]
     assert plans["mod"][0].shared_router and 0 < saved["early_exit"] < saved["interleaved"]
+    mean = {task: [(a + b) / 2 for a, b in zip(*table.values())] for task in table}
+    assert plans["one plan"][0] == choices.Plan(choices.plan_for_budget("unimod", mean, config, lengths, 0.6).keep, True)
+    assert len(set(plans["one plan"][0].keep.values())) == 1
     plan, changes = choices.variant("gate", "tanh", table, config, lengths, 0.6)
     assert (plan, changes) == (plans["unimod"][0], {"gate": "tanh"})
 
@@ -64,11 +67,23 @@ def test_arank_in_the_order_of_the_loss():
     assert table["mmu"][1] == 0.1 and sorted(table["mmu"]) == [0.1, 0.2, 0.3]
 
 
+def test_measures_and_budgets(run, tmp_path):
+    """--only runs some of the choices, --budget holds for all of them; a choice does not depend on those before it."""
+    dense = ["--steps", "2", "--scenes", "7", "--dense", str(tmp_path / "dense.pt"), "--budget", "0.5"]
+    two = run("measure", *dense, "--only", "rank 0.1", "energy 0.1")[-2:]
+    one = run("measure", *dense, "--only", "energy 0.1")[-1:]
+    assert [line.split()[:2] for line in two] == [["rank", "0.1"], ["energy", "0.1"]] and two[1:] == one
+    assert all(0.49 < float(line.split()[2]) < 0.52 for line in two)
+
+
 def test_what_cannot_work_is_said_before_training(run, tmp_path, capsys):
     """Too few steps are an error in one line; the folders of files to be written are made."""
     with pytest.raises(SystemExit):
         run("gate", "--steps", "1", "--dense", str(tmp_path / "a" / "dense.pt"))
     assert "--steps must be at least 2, got 1" in capsys.readouterr().err and not (tmp_path / "a").exists()
+    with pytest.raises(SystemExit):
+        run("gate", "--only", "tanh", "relu")
+    assert "--only relu: the choices of gate are linear, sigmoid, tanh" in capsys.readouterr().err
 
 
 def test_a_foreign_dense_model_is_refused(run, tmp_path, capsys):
@@ -112,6 +127,19 @@ def test_synergy(run, tmp_path):
     wanted = [scores["t2i"] | scores["mmu"], scores["t2i"], scores["mmu"]]
     assert [set(row) - {"model"} for row in rows] == [own for own in wanted for _ in range(2)]
     assert [line.split()[-1] for line in lines[-6:]] == [f"{list(row.values())[-1]:.3f}" for row in rows]
+
+
+def test_plans(run, tmp_path, monkeypatch):
+    """A line for each number of samples and for each measure of rank; the keep ratios are the plans' own."""
+    monkeypatch.setattr(analysis, "DRAWS", 2), monkeypatch.setattr(analysis, "COUNTS", (1, 4))
+    file = tmp_path / "found.json"
+    lines = run("plans", "--steps", "2", "--out", str(file), module=analysis)
+    found = json.loads(file.read_text())["found"]
+    assert [row["samples"] for row in found["samples"]] == [1, 4] and len(lines) == 2 + len(choices.MEASURES)
+    assert all(row[name] >= 0 for row in found["samples"] for name in ("arank", "keep", "kind"))
+    assert list(found["measures"]) == list(choices.MEASURES)
+    first = found["measures"]["rank 1e-7"]["t2i"]          # every layer has full rank: the same keep everywhere
+    assert len(first) == 8 and max(first) - min(first) < 0.2
 
 
 def test_rank_correlation():

@@ -36,6 +36,15 @@ def test_the_flags_are_frozen():
                      "--top-p": None, "--seed": 0, "--device": None, "--out": "drawn.png"}
 
 
+def test_steps_are_for_parallel_drawing(checkpoint, tmp_path):
+    """--steps on a model that draws token by token is refused, not ignored."""
+    call = ["--checkpoint", str(checkpoint), "--prompt", "two red rings", "--steps", "2", "--out", str(tmp_path / "a.png")]
+    if load_checkpoint(checkpoint)[0].config.backbone == "showo":
+        return main(call)
+    with pytest.raises(SystemExit, match="--steps 2: .*checkpoint.pt draws token by token, leave it out"):
+        main(call)
+
+
 def test_draw_then_ask(checkpoint, tmp_path, capsys):
     """--prompt draws the picture of generate_image as a PNG that reads back pixel by pixel; --explain writes what each
     layer kept under the rule that was asked for; nothing else is left behind; the same seed draws the same picture."""

@@ -2,6 +2,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,11 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from helpers import BACKBONES, N_LAYER, build, call, calls, count, plans, real, tiny
 from unimod_mini.cache import Cache
-from unimod_mini.flops import (METHODS, PARTS, batch_flops, count_flops, flops_ratio, live_pairs, main, parser,
+from unimod_mini.flops import (PARTS, batch_flops, bisect, count_flops, flops_ratio, live_pairs, main, parser,
                                spread_pairs)
 from unimod_mini.memory import activation_bytes, cache_bytes, count_parameters
-from unimod_mini.published import bisect
-from unimod_mini.routers import GATES, Plan, predictor_loss
+from unimod_mini.routers import BASELINES, GATES, Plan, predictor_loss
 from unimod_mini.transformer import ModelConfig, UnifiedTransformer, attention_mask
 
 backbones, tasks = st.sampled_from(BACKBONES), st.sampled_from(("t2i", "mmu"))
@@ -255,9 +255,15 @@ def test_published_sizes(name, length, tera):
         assert total == 2 * 7_735_533_568 * length + 4 * 32 * 4096 * length**2
 
 
+def test_numpy_lengths_do_not_overflow():
+    config = ModelConfig.preset("showo-1.3b")
+    assert count_flops(config, None, "t2i", np.int32(1408)) == count_flops(config, None, "t2i", 1408)
+
+
 @pytest.mark.parametrize("arguments, message", [
-    (("t2i", 5, "backward"), 'mode must be "forward" or "train" and length >= 1, got \'backward\', 5'),
-    (("t2i", 0), "length >= 1, got 'forward', 0"),
+    (("t2i", 5, "backward"), 'mode must be "forward" or "train" and length an integer >= 1, got \'backward\', 5'),
+    (("t2i", 0), "length an integer >= 1, got 'forward', 0"),
+    (("t2i", 2.5), "length an integer >= 1, got 'forward', 2.5"),
     (("lm", 5), r"the plan has tasks \('t2i', 'mmu'\) and 3 layers, asked for 'lm' and 3"),
 ])
 def test_errors(arguments, message):
@@ -286,12 +292,12 @@ def test_the_flags_are_frozen():
                      "--span": 0}
 
 
-@pytest.mark.parametrize("plan", (*METHODS, "saved"))
+@pytest.mark.parametrize("plan", (*BASELINES, "saved"))
 @pytest.mark.parametrize("mode", ("forward", "train"))
 def test_the_table(plan, mode, tmp_path, capsys):
     """Rows and columns are those of count_flops in GFLOPs, for a method by name and for a saved plan."""
     config, n = ModelConfig.preset("toy-showo"), 60
-    own = METHODS[plan](config.n_layer, ("mmu",)) if plan in METHODS else Plan({"mmu": (1, .3, 0, .9, .001, 1, .5, .7)})
+    own = BASELINES[plan](config.n_layer, ("mmu",)) if plan in BASELINES else Plan({"mmu": (1, .3, 0, .9, .001, 1, .5, .7)})
     if plan == "saved":
         plan = str(tmp_path / "plan.json")
         own.save(plan)
@@ -341,8 +347,8 @@ def test_bisect(target, slope):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--preset", "showo"], "unknown 'showo', the presets are toy-showo"),
-    (["--length", "0"], "length >= 1"),
-    (["--plan", "missing.json"], "missing.json: No such file or directory; --plan takes a file or one of dense, mod"),
+    (["--length", "0"], "length an integer >= 1"),
+    (["--plan", "missing.json"], "missing.json: No such file or directory; --plan takes a file or one of mod, interleaved"),
     (["--plan", "."], "Is a directory"),
     (["--plan", "foreign.json"], "foreign.json is not a plan"),
     (["--plan", "shallow.json"], "4 layers, asked for 't2i' and 8"),

@@ -57,7 +57,7 @@ def data(tmp_path_factory):
 def whole(data, tmp_path_factory):
     """A run that nothing stopped, with dropout and an average of the weights, and a checkpoint after every step."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    run(out, data["showo"], *STOP, "--save-every", "1", "--keep", "9", changes=["dropout"])
+    run(out, data["showo"], *STOP, "--save-every", "1", "--keep-checkpoints", "9", changes=["dropout"])
     return out
 
 
@@ -344,6 +344,8 @@ def test_the_last_model_is_a_model(data, tmp_path):
     tokenizer = Tokenizer.from_state(stored["tokenizer"])
     assert model.plan == Plan.load(tmp_path / "plan.json") and any(threshold != 0 for threshold in model.buffers())
     assert generate_image(model, tokenizer, "a b", **stored["drawing"] | {"steps": 2}).dtype == torch.uint8
+    rows = {(row["task"], row["layer"]) for row in stored["predictor"]["by_layer"]}
+    assert rows == {(task, layer) for layer in range(2) for task in model.plan.routed(layer)} and 0 < stored["predictor"]["accuracy"] <= 1
     assert json.loads((tmp_path / "config.json").read_text())["steps"] == 10
     assert [path.name for path in sorted((tmp_path / "samples").iterdir())][-1] == "step-00000010.txt"
 
@@ -466,7 +468,7 @@ def test_the_settings_are_frozen():
         "warmup": (int, 100), "decay": (str, "cosine"), "clip": (float, 1.0), "ema": (float, 0.0), "parallel": (str, "ddp"),
         "compile": (bool, False), "activation_checkpointing": (bool, False), "device": (str, ""), "timeout": (float, 30.0),
         "log_every": (int, 10), "eval_every": (int, 500), "eval_samples": (int, 256), "sample_every": (int, 500),
-        "save_every": (int, 500), "keep": (int, 3)}
+        "save_every": (int, 500), "keep_checkpoints": (int, 3)}
     argv = "--preset tiny --data D --out O --steps 7 --save-every 3 --seed 2 --resume auto --plan P".split()
     config = full.parse(argv)
     assert (config.preset, config.data, config.out, config.steps, config.save_every, config.seed, config.resume,

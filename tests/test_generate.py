@@ -193,6 +193,21 @@ def test_sampling_that_cannot_be(options):
         generate_image(model, tokens, "a", steps=0)
 
 
+@both
+def test_a_tokenizer_of_another_model(backbone):
+    """Another backbone's, or one with another vocabulary, is refused with what differs; so is a picture that is no tensor."""
+    tokens, model = make(backbone)
+    other, _ = make("emu3" if backbone == "showo" else "showo")
+    longer = Tokenizer(backbone, WordText([*WORDS, "f"]), tokens.image, tokens.grid, 8, system="sys", assistant="asst")
+    for foreign in (other, longer):
+        with pytest.raises(ValueError, match="the tokenizer is of another model: .* Use the one"):
+            generate_image(model, foreign, "a")
+        with pytest.raises(ValueError, match=f"image codes from {foreign.image_start}.* the model: {backbone}"):
+            generate_text(model, foreign, pictures(tokens, 1)[0], "a")
+    with pytest.raises(ValueError, match="image must be a tensor of pixels or codes, got ndarray"):
+        generate_text(model, tokens, pictures(tokens, 1)[0].numpy(), "a")
+
+
 @pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("guidance", (-0.5, math.inf, math.nan))
 def test_guidance_that_cannot_be(backbone, guidance):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unimod_mini.flops import count_flops
+from unimod_mini.flops import count_flops, flops_ratio
 from unimod_mini.routers import Plan
 from unimod_mini.tokenizer import Batch, Palette, Tokenizer, WordText
 from unimod_mini.transformer import ModelConfig, UnifiedTransformer
@@ -139,6 +139,18 @@ def test_arank_lies_in_0_1(backbone, measure, seed):
     assert all(type(value) is float and 0.0 < value <= 1.0 for row in table.values() for value in row)
     alone = Batch(torch.tensor([[3]]), None, None, torch.tensor([[3]]))
     assert switch.arank(model, alone, "lm", measure).tolist() == [1.0] * 3
+
+
+def test_samples_that_have_no_rank():
+    """A row of padding alone, and a tolerance that no singular value could or all would exceed: ValueError."""
+    tokens, model = make("emu3")
+    batch = samples(tokens)["mmu"]
+    batch.valid[1] = False
+    with pytest.raises(ValueError, match="sample 1 of mmu is all padding: leave it out"):
+        switch.layer_switch(model, {"mmu": batch}, 0.9)
+    for tolerance in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ValueError, match=r"tolerance must lie in \[0, 1\), got "):
+            switch.rank_of(torch.ones(3), "rank", tolerance)
 
 
 @both
@@ -293,6 +305,10 @@ def test_layer_switch(backbone, budget):
     assert plan == switch.plan_from_arank(switch.arank_table(model, batches), model.config, lengths, budget)
     assert ratio(model.config, plan, lengths) <= budget and plan.tasks == ("t2i", "mmu")
     assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
+    counts = {"t2i": 3, "mmu": 1}
+    mixed = switch.layer_switch(model, batches, budget, counts=counts)
+    assert mixed == switch.plan_from_arank(switch.arank_table(model, batches), model.config, lengths, budget, counts)
+    assert budget - 0.02 < flops_ratio(model.config, mixed, lengths, "train", counts) <= budget
     routed = model.with_plan(plan)
     assert all(torch.isfinite(routed(**batch.inputs(), task=task).logits).all() for task, batch in batches.items())
 
@@ -305,6 +321,8 @@ def test_every_method_of_the_comparison(budget):
     assert plans["unimod"] == switch.plan_from_arank(table, config, LENGTHS, budget)
     assert plans["dense"] == Plan.dense(8) and plans["interleaved"] == Plan.interleaved(8)
     assert plans["early_exit"] == Plan.early_exit(8)
+    everything = switch.plan_for_budget("mod", table, config, LENGTHS, 1.0)
+    assert everything == Plan.mod(8, keep=1.0)             # though a router at keep 0.999 costs more than dense
     mod, least = plans["mod"], ratio(config, Plan.mod(8, keep=0.0), LENGTHS)
     assert mod.shared_router and mod == Plan.mod(8, keep=mod.keep["t2i"][1])
     assert max(budget, least) - 0.01 <= ratio(config, mod, LENGTHS) <= max(budget, least)

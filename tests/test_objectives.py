@@ -181,6 +181,6 @@ def test_a_step_weighs_the_tasks(monkeypatch, weights, total):
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: None)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     before = [p.item() for p in model.parameters()]
-    trainer.train_step(model, [optimizer], ones, 0.5, *weights)
+    trainer.train_step(model, [optimizer], ones, 0, 0.5, *weights)
     moved = [a - p.item() for a, p in zip(before, model.parameters())]
     assert moved == pytest.approx([0.5 * 3, 0.5 * total], rel=1e-5)

@@ -51,11 +51,16 @@ def context(valid, length, batch=1, spans=None):
     ({"t2i": (1, 1.1)}, r"keep ratios of 't2i' must lie in \[0, 1\], got \[1.1\]"),
     ({"t2i": (1, 1), "mmu": (-0.1, 1)}, r"keep ratios of 'mmu' must lie in \[0, 1\], got \[-0.1\]"),
     ({"t2i": (math.nan, 1)}, r"must lie in \[0, 1\], got \[nan\]"),
+    ({"t2i": 0.5}, r"keep must be \{task: \(a ratio for each layer\)\}.* got \{'t2i': 0.5\}"),
+    ([(1, 1)], "keep must be"),
+    (None, "keep must be"),
 ])
 def test_plan_rejects(keep, message):
     """A plan that cannot be right is a ValueError that says what is wrong."""
     with pytest.raises(ValueError, match=message):
         Plan(keep)
+    with pytest.raises(ValueError, match="shared_router must be True or False, got 'no'"):
+        Plan({"t2i": (1,)}, shared_router="no")
 
 
 def test_plan_is_frozen_and_normal():
@@ -100,6 +105,8 @@ def test_plan_round_trip(tmp_path_factory, plan):
     plan.save(folder / "plan.json")
     assert Plan.load(folder / "plan.json") == plan
     assert [path.name for path in folder.iterdir()] == ["plan.json"]
+    (folder / "own.json").write_text(json.dumps({"keep": plan.keep}))         # written by hand: shared_router has a default
+    assert Plan.load(folder / "own.json") == Plan(plan.keep)
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{}", '{"keep": 3, "shared_router": false}', '"plan"',

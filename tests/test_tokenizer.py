@@ -399,6 +399,31 @@ def test_mismatched_counts(call):
             call(tokens)
 
 
+@pytest.mark.parametrize("tokens", [showo(), emu3()], ids=["showo", "emu3"])
+@pytest.mark.parametrize("call, message", [
+    (lambda t: t.lm("a b"), "must be lists of the same length, of one sample or more, got 3, a str"),
+    (lambda t: t.lm([]), "got 0, 0"),
+    (lambda t: t.t2i("a", PICTURE), "got 1, a str"),
+    (lambda t: t.t2i(["a", "b"], PICTURE), "got 1, 2"),
+    (lambda t: t.t2i([], PICTURE[:0]), "got 0, 0"),
+    (lambda t: t.mmu(["a"], ["b", "c"], PICTURE), "got 1, 1, 2"),
+    (lambda t: t.mmu([["a", "b"]], [["c"]], PICTURE), "got 2, 2, 1"),
+    (lambda t: t.mmu([[]], [[]], PICTURE), "got 0, 0, 0"),
+    (lambda t: t.t2i(["a"], PICTURE.float()), r"image codes must be long, got torch.float32: .long\(\)"),
+    (lambda t: t.name(999), "no id 999: this tokenizer has 0 to"),
+])
+def test_what_is_no_sample(tokens, call, message):
+    """Bare strings, unequal numbers, nothing at all, codes that are no integers: ValueError, not a batch of letters."""
+    with pytest.raises(ValueError, match=message):
+        call(tokens)
+
+
+def test_a_palette_of_shares():
+    """Patches between 0 and 1 would all be black."""
+    with pytest.raises(ValueError, match=r"patches must be uint8 \(n, p, p, 3\), got torch.float32 \(4, 2, 2, 3\)"):
+        Palette(torch.rand(4, 2, 2, 3))
+
+
 def test_unknown_backbone():
     """A backbone that is neither is a ValueError naming both."""
     with pytest.raises(ValueError, match="showo or emu3.*'llama'"):

@@ -44,7 +44,7 @@ def test_seconds_of_training_beat_the_label_frequencies(backbone, monkeypatch):
     for plan in (None, Plan({"t2i": (1, 0.5), "mmu": (1, 0.5)})):
         model = model if plan is None else model.with_plan(plan)
         optimizers = make_optimizers(model)
-        history = [train_step(model, optimizers, sampler(), learning_rate(step, 100))
+        history = [train_step(model, optimizers, sampler(), step, learning_rate(step, 100))
                    for step in range(100 if plan is None else 30)]
         for task, batch in sampler(64, 64).items():
             last = sum(losses[task].item() for losses in history[-10:]) / 10
@@ -125,7 +125,7 @@ def test_predictors_never_move_the_model(backbone, step):
         if ".predictor." in name:
             weight.data.mul_(100)
     for model in (one, two):
-        train_step(model, make_optimizers(model), batches, 1.0, step=step)
+        train_step(model, make_optimizers(model), batches, step, 1.0)
     for (name, a), b in zip(one.named_parameters(), two.parameters()):
         assert torch.equal(a, b) != (".predictor." in name), name
 
@@ -173,6 +173,9 @@ def test_a_checkpoint_comes_back_equal(tmp_path):
     assert torch.equal(back(**batch.inputs(), task="mmu").logits, model(**batch.inputs(), task="mmu").logits)
     assert back.plan == model.plan and extra["note"] == "kept"
     assert [path.name for path in tmp_path.iterdir()] == ["m.pt"]
+    for dtype in (torch.float64, torch.bfloat16):          # a model comes back in its own precision
+        save_checkpoint(tmp_path / "m.pt", deepcopy(model).to(dtype))
+        assert {p.dtype for p in load_checkpoint(tmp_path / "m.pt")[0].state_dict().values()} == {dtype}
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", "{}"])

@@ -13,7 +13,7 @@ from helpers import (BACKBONES, N_LAYER, build, call, calls, count, naive_forwar
 from unimod_mini import transformer
 from unimod_mini.cache import Cache
 from unimod_mini.routers import GATES, TASKS, Plan
-from unimod_mini.transformer import ModelConfig, UnifiedTransformer, attention_mask, rotary
+from unimod_mini.transformer import ModelConfig, UnifiedTransformer, attention_mask, evaluating, rotary
 
 backbones, tasks = st.sampled_from(BACKBONES), st.sampled_from(("t2i", "mmu"))
 ALMOST = 1 - 1e-9                                          # routed, and K = T
@@ -68,6 +68,9 @@ def test_parameter_totals(name, total):
     (dict(rope_fraction=1.5), r"rope_fraction must lie in \[0, 1\] and attention_dropout in \[0, 1\), got 1.5, 0.0"),
     (dict(rope_fraction=-1.0), "rope_fraction must lie in"),
     (dict(attention_dropout=1.0), r"attention_dropout in \[0, 1\), got 0.5, 1.0"),
+    (dict(image_positions=-1), "at least 0 and rope_theta above 0, got -1, 0, 10000.0"),
+    (dict(predictor_width=-2), "at least 0 and rope_theta above 0, got 0, -2, 10000.0"),
+    (dict(rope_theta=0.0), "at least 0 and rope_theta above 0, got 0, 0, 0.0"),
 ])
 def test_config_rejects(changes, message):
     """A config that cannot be built is a ValueError that names the field."""
@@ -131,6 +134,33 @@ def test_rotary_angles():
             for column, sign in ((i, -1), (i + 3, 1)):
                 expected = [math.cos(angle), sign * math.sin(angle)]
                 assert rope[0, t, :, column].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_only_differences_of_positions_count(backbone):
+    """Shifted by a thousand, a float64 model gives the same logits to its own precision."""
+    model = build(tiny(backbone), Plan.mod(N_LAYER))
+    ids, positions = torch.arange(9)[None], torch.arange(9)[None]
+    near, far = (model(ids, task="t2i", positions=positions + shift).logits for shift in (0, 1000))
+    assert (near - far).abs().max() < 1e-11
+
+
+def test_evaluating_puts_every_module_back():
+    """Inside, nothing is in training mode; afterwards a module that was set apart still is."""
+    model = build(tiny("emu3")).train()
+    model.blocks[0].eval()
+    before = [module.training for module in model.modules()]
+    with evaluating(model):
+        assert not any(module.training for module in model.modules())
+    assert [module.training for module in model.modules()] == before and len(set(before)) == 2
+
+
+def test_a_model_keeps_its_own_plan():
+    """The rows of a plan are a plain dict: what is done to them later does not reach a model."""
+    plan = Plan({"t2i": (1, .5, 1)})
+    model = UnifiedTransformer(tiny("emu3"), plan)
+    plan.keep["t2i"] = (1, .5, .5)
+    assert model.plan == Plan({"t2i": (1, .5, 1)}) and model(torch.tensor([[1, 2]])).logits.shape == (1, 2, 30)
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)

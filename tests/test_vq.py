@@ -442,6 +442,16 @@ def test_nearest_needs_no_power_of_two():
     assert build("nearest", n_codes=5).encode(noise(1, 8, 8, 3)).max() < 5
 
 
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_autocast_changes_no_code(quantizer):
+    """Codes and pixels under bf16 autocast, in which generate runs, are those of float32, in which data is prepared."""
+    vq, images = build(quantizer), noise(4, 16, 16, 3)
+    codes = vq.encode(images)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(vq.encode(images), codes) and torch.equal(vq.decode(codes), (pixels := vq.decode(codes)))
+    assert torch.equal(vq.decode(codes), pixels)
+
+
 @pytest.mark.parametrize("images, message", [
     (torch.zeros(1, 8, 8, 3), r"float32 \(1, 8, 8, 3\), expected torch.uint8.*scale to 0..255"),
     (noise(8, 8, 3), r"torch.uint8 \(8, 8, 3\), expected.*\(B, H, W, 3\)"),

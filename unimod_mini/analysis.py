@@ -104,7 +104,7 @@ def compete(model: UnifiedTransformer, routers: dict, batches: dict, share: floa
     for layer, block in enumerate(model.blocks):
         update = {task: block(x[task], own.rope, own.mask) for task, own in contexts.items()}
         if layer in routers:
-            scores = {task: routers[layer].rate(x[task]) for task in x}                      # (B, T)
+            scores = {task: routers[layer].router_scores(x[task]) for task in x}                      # (B, T)
             scores = {task: r + torch.rand_like(r).logit(1e-6) for task, r in scores.items()}
             pool = torch.cat([scores[task].detach()[batch.is_valid] for task, batch in batches.items()])
             least = pool.topk(max(1, capacity(share, len(pool)))).values[-1]

@@ -93,7 +93,7 @@ class LayerCache:
         mine[row, column] = slot
         see = torch.arange(S, device=slot.device) <= mine[:, :, None]
         if self.new_spans is not None:
-            mine, theirs = slot.new_zeros(B, M), slot.new_zeros(B, S)
+            mine, theirs = self.new_spans.new_zeros(B, M), self.new_spans.new_zeros(B, S)
             mine[row, column], theirs[row, slot] = self.new_spans, self.new_spans
             see = see | ((theirs[:, None] == mine[:, :, None]) & (mine != 0)[:, :, None])
         return see[:, None]
@@ -132,7 +132,7 @@ class Cache:
     def __init__(self, model: UnifiedTransformer, task: str, batch: int, max_length: int):
         if task not in model.plan.tasks:
             raise ValueError(f"unknown task {task!r}: this model's plan knows {', '.join(model.plan.tasks)}")
-        self.task, self.batch, self.max_length, self.length = task, batch, max_length, 0
+        self.model, self.task, self.batch, self.max_length, self.length = model, task, batch, max_length, 0
         device = next(model.parameters()).device
         self.layers = [LayerCache(batch, max(1, capacity(keep, max_length)), max_length) if keep else None
                        for keep in model.plan.keep[task]]

@@ -19,7 +19,7 @@ from collections import Counter
 from typing import NamedTuple
 
 from .memory import activation_bytes, cache_bytes, count_parameters
-from .routers import TASKS, Plan, capacity
+from .routers import BASELINES, TASKS, Plan, capacity
 from .transformer import PRESETS, ModelConfig
 
 PARTS = ("embedding", "projections", "scores", "mlp", "router", "predictor", "head")   # embedding: a look-up, 0 FLOPs
@@ -97,8 +97,9 @@ def count_flops(config: ModelConfig, plan: Plan | None, task: str, length: int, 
     pairs: None counts the full n x n attention; one number a layer (live_pairs, spread_pairs) the live part of it.
     ValueError for an unknown mode, a task that the plan lacks, a plan of another depth, a length below 1.
     """
-    if mode not in ("forward", "train") or length < 1:
-        raise ValueError(f'count_flops: mode must be "forward" or "train" and length >= 1, got {mode!r}, {length}')
+    if mode not in ("forward", "train") or length < 1 or length != int(length):
+        raise ValueError(f'count_flops: mode must be "forward" or "train" and length an integer >= 1, got {mode!r}, {length}')
+    length = int(length)                                   # numpy's would overflow
     plan = Plan.dense(config.n_layer, (task,)) if plan is None else plan
     if task not in plan.tasks or plan.n_layer != config.n_layer:
         raise ValueError(f"count_flops: the plan has tasks {plan.tasks} and {plan.n_layer} layers, asked for {task!r} "
@@ -139,18 +140,24 @@ def flops_ratio(config: ModelConfig, plan: Plan, lengths: dict, mode: str = "tra
             / batch_flops(config, None, lengths, mode, counts, spans))
 
 
+def bisect(cost, target: float, low: float, high: float) -> float:
+    """The largest x of [low, high] with cost(x) <= target, cost ascending, to 2^-50 of the interval; low if there is none."""
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if cost(middle) <= target else (low, middle)
+    return low
+
+
 # --------------------------------------------------------------------------------------------------------------
 # python -m unimod_mini.flops
 # --------------------------------------------------------------------------------------------------------------
-
-METHODS = {"dense": Plan.dense, "mod": Plan.mod, "interleaved": Plan.interleaved, "early_exit": Plan.early_exit}
 
 
 def parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser("python -m unimod_mini.flops", description="What a plan costs, by layer and part; "
                                   "without arguments: the paper's two models, counted by each convention.")
     out.add_argument("--preset", required=True, help=", ".join(PRESETS))
-    out.add_argument("--plan", default="dense", help=f"a file that Plan.save wrote, or {', '.join(METHODS)}")
+    out.add_argument("--plan", default="dense", help=f"a file that Plan.save wrote, or {', '.join(BASELINES)}")
     out.add_argument("--length", type=int, required=True, help="tokens of the sequence")
     out.add_argument("--task", choices=TASKS, default="t2i")
     out.add_argument("--mode", choices=("forward", "train"), default="train")
@@ -161,7 +168,7 @@ def parser() -> argparse.ArgumentParser:
 def report(args) -> str:
     """The table by layer and part, then the live convention, parameters and bytes."""
     config, task, n = ModelConfig.preset(args.preset), args.task, args.length
-    plan = METHODS[args.plan](config.n_layer, TASKS) if args.plan in METHODS else Plan.load(args.plan)
+    plan = BASELINES[args.plan](config.n_layer, TASKS) if args.plan in BASELINES else Plan.load(args.plan)
     flops, dense = count_flops(config, plan, task, n, args.mode), count_flops(config, None, task, n, args.mode)
     live = count_flops(config, plan, task, n, args.mode, spread_pairs(plan.keep[task], n, args.span))
     scale, unit = next(pair for pair in ((1e12, "TFLOPs"), (1e9, "GFLOPs"), (1e6, "MFLOPs"), (1, "FLOPs"))
@@ -194,7 +201,7 @@ def main(argv=None) -> None:
     try:
         print(report(parser().parse_args(argv)) if argv else comparisons())
     except OSError as error:
-        sys.exit(f"error: {error.filename}: {error.strerror}; --plan takes a file or one of {', '.join(METHODS)}")
+        sys.exit(f"error: {error.filename}: {error.strerror}; --plan takes a file or one of {', '.join(BASELINES)}")
     except ValueError as error:
         sys.exit(f"error: {error}")
 

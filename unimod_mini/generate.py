@@ -27,6 +27,16 @@ from .transformer import UnifiedTransformer, inference
 CHOICE_NOISE = 4.5   # of draw_parallel
 
 
+def check_tokenizer(model: UnifiedTransformer, tokenizer: Tokenizer) -> None:
+    """ValueError when this tokenizer's ids are not those of the model."""
+    config = model.config
+    theirs = tokenizer.backbone, tokenizer.image_start
+    if theirs != (config.backbone, config.image_start) or tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"the tokenizer is of another model: {tokenizer.backbone}, image codes from {tokenizer.image_start}, "
+                         f"{tokenizer.vocab_size} ids; the model: {config.backbone}, from {config.image_start}, "
+                         f"{config.vocab_size}. Use the one that the model was trained with")
+
+
 class Decoder:
     """Feeds tokens and returns the logits of the next one: with a cache (causal) or by recomputing (topk).
 
@@ -100,9 +110,14 @@ def generate_text(model: UnifiedTransformer, tokenizer: Tokenizer, image: Tensor
 
     image: uint8 pixels (H, W, 3) or long codes (h, w) with a str, a batch of either with a list of str. Returns a str, or
     a list of them. Codes that are known need not be decoded: a VQ may code its own picture otherwise. An answer ends
-    before the tokenizer's eot, any id of `stop`, or after max_tokens (default: the tokenizer's text budget).
+    before the tokenizer's eot, any id of `stop`, after max_tokens (default: the tokenizer's text budget), or at the
+    model's max_length.
     """
     check_sampling(temperature, top_k, top_p)
+    check_tokenizer(model, tokenizer)
+    if not isinstance(image, Tensor):
+        raise ValueError(f"generate_text: image must be a tensor of pixels or codes, got {type(image).__name__}: "
+                         "torch.as_tensor(array), or torch.stack(list)")
     single = isinstance(question, str)
     images, questions = (image[None], [question]) if single else (image, list(question))
     if len(images) != len(questions) or not questions:
@@ -139,16 +154,18 @@ def generate_image(model: UnifiedTransformer, tokenizer: Tokenizer, prompt, rout
                    temperature: float = 1.0, guidance: float = 0.0, steps: int = 12, seed: int = 0) -> Tensor:
     """Draw pictures from captions: uint8 (H, W, 3) for a str, (B, H, W, 3) for a list of str.
 
-    guidance w > 0 pushes away from the picture without a caption: c + w (c - u). steps: of Show-o's parallel decoding.
+    guidance w > 0 pushes away from the picture without a caption: c + w (c - u). steps: of Show-o's parallel decoding,
+    not read for Emu3.
     """
     check_sampling(temperature, guidance=guidance)
+    check_tokenizer(model, tokenizer)
     single = isinstance(prompt, str)
     prompts = [prompt] if single else list(prompt)
     if steps < 1 or not prompts:
         raise ValueError(f"generate_image: steps and prompts must be at least 1, got {steps} and {len(prompts)}")
     generator = torch.Generator().manual_seed(seed)
-    draw = draw_parallel if tokenizer.backbone == "showo" else draw_by_row
-    codes = draw(model, tokenizer, prompts, routing, temperature, guidance, steps, generator)
+    given = model, tokenizer, prompts, routing, temperature, guidance, generator
+    codes = draw_parallel(*given, steps) if tokenizer.backbone == "showo" else draw_by_row(*given)
     images = tokenizer.image.decode(codes)
     return images[0] if single else images
 
@@ -161,8 +178,8 @@ def guided(logits: Tensor, guidance: float) -> Tensor:
     return conditional + guidance * (conditional - unconditional)
 
 
-def draw_by_row(model, tokenizer, prompts, routing, temperature, guidance, steps, generator) -> Tensor:
-    """Emu3: one code after the other, an EOL after every row of w; `steps` is Show-o's. Returns codes (B, h, w) on the CPU.
+def draw_by_row(model, tokenizer, prompts, routing, temperature, guidance, generator) -> Tensor:
+    """Emu3: one code after the other, an EOL after every row of w. Returns codes (B, h, w) on the CPU.
 
     ValueError when prompt and picture are longer than the model's max_length.
     """
@@ -189,7 +206,7 @@ def draw_by_row(model, tokenizer, prompts, routing, temperature, guidance, steps
     return torch.stack(image, 1).view(count, h, w).cpu()
 
 
-def draw_parallel(model, tokenizer, prompts, routing, temperature, guidance, steps, generator) -> Tensor:
+def draw_parallel(model, tokenizer, prompts, routing, temperature, guidance, generator, steps) -> Tensor:
     """Show-o: all codes at once, the least confident masked again, cos(pi s / 2 S) of them after step s of S.
 
     Confidence = log p + 4.5 (1 - s / S) Gumbel noise (MaskGIT's value, the published linear decay). Without enough of
@@ -289,6 +306,8 @@ def run(args) -> None:
     if "tokenizer" not in stored:
         raise ValueError(f"{args.checkpoint} holds no tokenizer: save_checkpoint(.., tokenizer=tokenizer.state())")
     tokenizer = Tokenizer.from_state(stored["tokenizer"])
+    if args.steps is not None and tokenizer.backbone != "showo":
+        raise ValueError(f"--steps {args.steps}: {args.checkpoint} draws token by token, leave it out")
     with precision(device):
         if args.prompt is not None:
             given = {"temperature": args.temperature, "guidance": args.guidance, "steps": args.steps}

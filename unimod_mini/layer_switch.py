@@ -22,14 +22,16 @@ Legend: B batch, T tokens, H heads, d head width, L layers.
 import torch
 from torch import Tensor
 
-from .flops import flops_ratio
-from .routers import Plan
+from .flops import bisect, flops_ratio
+from .routers import BASELINES, Plan
 from .tokenizer import Batch
 from .transformer import ModelConfig, UnifiedTransformer, inference
 
 
 def rank_of(singular: Tensor, measure: str, tolerance: float) -> Tensor:
-    """singular values (.., n) descending -> (..) float."""
+    """singular values (.., n) descending -> (..) float. ValueError for another measure, a tolerance outside [0, 1)."""
+    if not 0 <= tolerance < 1:
+        raise ValueError(f"layer_switch: tolerance must lie in [0, 1), got {tolerance}")
     if measure == "rank":          # how many exceed tolerance x the largest
         return (singular > tolerance * singular[..., :1]).sum(-1).float()
     if measure == "energy":        # how many hold (1 - tolerance) of the energy sum s^2
@@ -53,8 +55,13 @@ def queries_and_keys(model: UnifiedTransformer, batch: Batch, task: str):
 @inference
 def arank(model: UnifiedTransformer, batch: Batch, task: str, measure: str = "energy",
           tolerance: float = 0.1) -> Tensor:
-    """(L,) float: ARank of every layer divided by the sequence's valid tokens, in (0, 1]."""
+    """(L,) float: ARank of every layer divided by the sequence's valid tokens, in (0, 1]; the mean over the samples.
+
+    ValueError for a sample without a valid token.
+    """
     rows, count = [], batch.is_valid.sum(1)
+    if (count == 0).any():
+        raise ValueError(f"layer_switch: sample {int(count.argmin())} of {task} is all padding: leave it out")
     for q, k in queries_and_keys(model, batch, task):
         r_q, r_k = (torch.linalg.qr(t, mode="r").R for t in (q, k))          # (B, H, d, d): q = Q_q R_q
         ranks = rank_of(torch.linalg.svdvals(r_q @ r_k.mT), measure, tolerance)              # (B, H)
@@ -65,6 +72,12 @@ def arank(model: UnifiedTransformer, batch: Batch, task: str, measure: str = "en
 def arank_table(model, batches_by_task: dict, measure: str = "energy", tolerance: float = 0.1) -> dict:
     """{task: Batch of samples} -> {task: list of L values in (0, 1]}."""
     return {task: arank(model, batch, task, measure, tolerance).tolist() for task, batch in batches_by_task.items()}
+
+
+def show_table(table: dict) -> str:
+    """What arank_table found, a line a layer."""
+    lines = [f"{layer:>5}  " + "".join(f"{rank:>8.3f}" for rank in row) for layer, row in enumerate(zip(*table.values()))]
+    return "\n".join(["layer  " + "".join(f"{task:>8}" for task in table), *lines])
 
 
 SOFTNESS = 0.02   # a layer goes from keep 1 to keep rho while the threshold rises by this much of its task's mean rho
@@ -97,27 +110,26 @@ def plan_from_arank(table: dict, config: ModelConfig, lengths: dict, budget: flo
     values = [value for row in table.values() for value in row]
     if not 0.0 < budget <= 1.0 or not values or not all(0.0 < float(value) <= 1.0 for value in values):
         raise ValueError(f"plan_from_arank: budget and ARank over length must lie in (0, 1], got {budget}, {values}")
-    low, high = 0.0, 2.0
     if least_cost(config, lengths, counts) > budget:
         raise ValueError(f"plan_from_arank: no plan reaches {budget} of the dense FLOPs, the head alone costs more")
     if budget == 1.0:
-        return switched(table, low)
-    for _ in range(40):
-        middle = (low + high) / 2
-        within = flops_ratio(config, switched(table, middle), lengths, "train", counts) <= budget
-        low, high = (low, middle) if within else (middle, high)
-    return switched(table, high)
+        return switched(table, 0.0)
+    cost = lambda x: flops_ratio(config, switched(table, 2.0 - x), lengths, "train", counts)
+    return switched(table, 2.0 - bisect(cost, budget, 0.0, 2.0))
 
 
 def layer_switch(model: UnifiedTransformer, batches_by_task: dict, budget: float = 0.85, measure: str = "energy",
-                 tolerance: float = 0.1) -> Plan:
-    """A dense model and one Batch of samples for each task (the paper: 50 MMU, 20 T2I) -> a Plan within the budget."""
+                 tolerance: float = 0.1, counts: dict | None = None) -> Plan:
+    """A dense model and one Batch of samples for each task (the paper: 50 MMU, 20 T2I) -> a Plan within the budget.
+
+    counts: {task: sequences in a training step}, whose FLOPs the budget is of; None: one of each task.
+    """
     table = arank_table(model, batches_by_task, measure, tolerance)
     lengths = {task: batch.ids.shape[1] for task, batch in batches_by_task.items()}
-    return plan_from_arank(table, model.config, lengths, budget)
+    return plan_from_arank(table, model.config, lengths, budget, counts)
 
 
-METHODS = ("unimod", "mod", "interleaved", "early_exit", "dense")
+METHODS = ("unimod", *BASELINES)
 
 
 def plan_for_budget(method: str, table: dict, config: ModelConfig, lengths: dict, budget: float,
@@ -127,13 +139,11 @@ def plan_for_budget(method: str, table: dict, config: ModelConfig, lengths: dict
     mod: one shared router, one keep for all tasks on the odd layers (0 where even that is over the budget).
     """
     depth, tasks = config.n_layer, tuple(table)
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}, the methods are {', '.join(METHODS)}")
     if method == "unimod":
         return plan_from_arank(table, config, lengths, budget, counts)
-    if method == "mod":
+    if method == "mod":                                    # near keep 1 a router costs more than it saves: all are tried
         cost = lambda k: flops_ratio(config, Plan.mod(depth, tasks, k / 1000), lengths, "train", counts)
-        fits = [k for k in range(1001) if cost(k) <= budget]
-        return Plan.mod(depth, tasks, max(fits, default=0) / 1000)
-    plans = {"interleaved": Plan.interleaved, "early_exit": Plan.early_exit, "dense": Plan.dense}
-    if method not in plans:
-        raise ValueError(f"unknown method {method!r}, the methods are {', '.join(METHODS)}")
-    return plans[method](depth, tasks)
+        return Plan.mod(depth, tasks, max((k for k in range(1001) if cost(k) <= budget), default=0) / 1000)
+    return BASELINES[method](depth, tasks)

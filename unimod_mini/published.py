@@ -6,7 +6,7 @@ here, for the batches that Show-o's training and Emu3's picture sizes suggest. W
 The ratio, plan over full computation, depends little on it: that is the number to compare.
 """
 
-from .flops import batch_flops, flops_ratio
+from .flops import batch_flops, bisect, flops_ratio
 from .routers import Plan
 from .transformer import ModelConfig
 
@@ -21,14 +21,6 @@ PAPER = {
         ("the same and 950 ids of text", 5120, {"t2i": (1, 0)}),
         ("one image of 720 px, no text", 8200, {"t2i": (1, 0)})))}
 CONVENTIONS = [(mode, kind) for mode in ("forward", "train") for kind in ("full", "live")]
-
-
-def bisect(cost, target: float, low: float, high: float) -> float:
-    """The largest x of [low, high] with cost(x) <= target, cost ascending, to 2^-50 of the interval."""
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if cost(middle) <= target else (low, middle)
-    return low
 
 
 def by_convention(count, config: ModelConfig, plan: Plan | None, length: int, batch: dict) -> list:

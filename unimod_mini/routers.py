@@ -12,7 +12,7 @@ Legend: B batch, T tokens, K slots of a routed layer, D width.
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import torch
@@ -39,11 +39,17 @@ class Plan:
     Raises ValueError for an unknown task, rows of different lengths, or a keep ratio outside [0, 1].
     """
 
-    keep: dict = field(default_factory=dict)
+    keep: dict
     shared_router: bool = False
 
     def __post_init__(self):
-        rows = {task: tuple(float(k) for k in row) for task, row in self.keep.items()}
+        try:
+            rows = {task: tuple(float(k) for k in row) for task, row in self.keep.items()}
+        except (AttributeError, TypeError):
+            raise ValueError(f'Plan: keep must be {{task: (a ratio for each layer)}}, such as {{"t2i": (1, .5)}}, got '
+                             f"{self.keep!r}") from None
+        if not isinstance(self.shared_router, bool):
+            raise ValueError(f"Plan: shared_router must be True or False, got {self.shared_router!r}")
         if unknown := set(rows) - set(TASKS):
             raise ValueError(f"Plan: unknown task {sorted(unknown)}, the tasks are {', '.join(TASKS)}")
         if len({len(row) for row in rows.values()}) != 1 or not next(iter(rows.values())):
@@ -106,15 +112,18 @@ class Plan:
         with open(path) as file:
             try:
                 stored = json.load(file)
-                return cls(stored["keep"], stored["shared_router"])
+                return cls(stored["keep"], stored.get("shared_router", False))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{path} is not a plan (expected JSON with keep and shared_router): {error}") from None
+                raise ValueError(f"{path} is not a plan (expected JSON with keep): {error}") from None
 
     def __str__(self) -> str:
         header = "layer  " + "".join(f"{task:>7}" for task in self.tasks) + "   kind"
         lines = [f"{layer:>5}  " + "".join(f"{self.keep[task][layer]:>7.3f}" for task in self.tasks)
                  + f"   {self.kind(layer)}" for layer in range(self.n_layer)]
         return "\n".join([header, *lines])
+
+
+BASELINES = {"mod": Plan.mod, "interleaved": Plan.interleaved, "early_exit": Plan.early_exit, "dense": Plan.dense}
 
 
 class Routing(NamedTuple):
@@ -158,14 +167,13 @@ def descending_rank(scores: Tensor, order: Tensor, eligible: Tensor) -> Tensor:
     """(B, T) long: 0 for the best score of the eligible tokens, 1 for the next ..; the others come last."""
     ranked = best_first(scores, order)
     ranked = ranked.gather(1, partition(eligible.gather(1, ranked)))
-    return torch.empty_like(ranked).scatter_(1, ranked, torch.arange(scores.shape[1], device=scores.device)
-                                             .expand_as(ranked))
+    return ranked.argsort(1)                               # the inverse of a permutation
 
 
-def row_capacity(keep: float, valid: Tensor, before: Tensor | int = 0) -> Tensor:
-    """(B, 1) long: k_b = floor(keep T_b + 1/2) of a row with T_b valid tokens (`before` of them in earlier chunks)."""
+def row_capacity(keep: float, valid: Tensor, more: Tensor | int = 0) -> Tensor:
+    """(B, 1) long: k_b = floor(keep T_b + 1/2) of a row with T_b valid tokens, these and `more` that are not here."""
     precision = torch.float32 if valid.device.type == "mps" else torch.float64  # MPS has no float64
-    return ((valid.sum(1, keepdim=True, dtype=precision) + before) * keep + 0.5).long()
+    return ((valid.sum(1, keepdim=True, dtype=precision) + more) * keep + 0.5).long()
 
 
 def span_number(spans: Tensor, valid: Tensor) -> Tensor:
@@ -202,18 +210,16 @@ def select_topk(scores: Tensor, keep: float, valid: Tensor | None = None, order:
     batch, length = scores.shape
     order = tie_order(batch, length, valid, scores.device) if order is None else order
     n_slot = min(capacity(keep, length + coming), length)
-    if valid is None:
-        k = n_slot
-    else:                                                  # padding is the worst, and the last of all ties
-        scores, k = scores.detach().masked_fill(~valid, -torch.inf), row_capacity(keep, valid, coming)
-        k = torch.minimum(k, valid.sum(1, keepdim=True)) if coming else k
-    ranked = best_first(scores, order)
-    if valid is None:
-        chosen = ranked[:, :k]
-        return chosen.sort(1).values, None, torch.zeros_like(scores, dtype=torch.bool).scatter_(1, chosen, True)
-    best = (torch.arange(length, device=scores.device) < k).expand(batch, length)
-    selected = torch.empty_like(best).scatter_(1, ranked, best)
-    return partition(selected)[:, :n_slot], best[:, :n_slot], selected
+    if valid is None:                                      # the same K in every row
+        best = best_first(scores, order)[:, :n_slot]
+        return best.sort(1).values, None, torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best, True)
+    k = row_capacity(keep, valid, coming)                                                 # (B, 1)
+    if coming:
+        k = torch.minimum(k, valid.sum(1, keepdim=True))
+    ranked = best_first(scores.detach().masked_fill(~valid, -torch.inf), order)   # padding: the worst, and the last of ties
+    live = (torch.arange(length, device=scores.device) < k).expand(batch, length)
+    selected = torch.empty_like(live).scatter_(1, ranked, live)
+    return partition(selected)[:, :n_slot], live[:, :n_slot], selected
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -247,7 +253,7 @@ class TaskRouter(nn.Module):
         for task in tasks:
             self.register_buffer(f"threshold_{task}", torch.zeros(()))
 
-    def rate(self, x: Tensor) -> Tensor:
+    def router_scores(self, x: Tensor) -> Tensor:
         """x (B, T, D) -> r = R(x) (B, T), float32 or better, also under autocast: bf16 scores would tie by the dozen."""
         dtype = torch.promote_types(self.score.weight.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
@@ -259,17 +265,20 @@ class TaskRouter(nn.Module):
 
         before: behind a cache, how many tokens earlier chunks had, (B, 1), and how many of those this layer kept, a list.
         """
-        scores = self.rate(x)                                                 # r = R_t(x)               (B, T)
+        scores = self.router_scores(x)                                        # r = R_t(x)               (B, T)
         # stop-gradient: the predictor's loss never moves the model                                      (B, T)
         logits = scores if self.predictor is None else self.predictor(x.detach()).squeeze(-1)
         if rule == "causal":
             selected = self.causal_selection(scores, logits, task, keep, context, before)
             indices, live = (None, None) if before else slots(selected, int(selected.sum(1).max()))
             return Routing(indices, live, selected, scores, logits, None)
-        k_best = lambda ranking: select_topk(ranking, keep, context.valid, context.order, context.coming)
-        best = k_best(scores)
-        taken = best if rule == "topk" else k_best(logits)
-        return Routing(*taken, scores, logits, best[2])
+
+        def k_best(ranking: Tensor) -> tuple:
+            return select_topk(ranking, keep, context.valid, context.order, context.coming)
+
+        indices, live, topk = k_best(scores)
+        indices, live, selected = (indices, live, topk) if rule == "topk" else k_best(logits)
+        return Routing(indices, live, selected, scores, logits, topk)
 
     def over_threshold(self, logits: Tensor, task: str) -> Tensor:
         """Membership logits -> bool, compared in the threshold's dtype: rounded to bf16 it would fall on a score."""
@@ -287,14 +296,14 @@ class TaskRouter(nn.Module):
         selected = selected & valid
         if task != "t2i" or context.spans is None:
             return selected
-        length, counts = before or (0, [0] * len(scores))
-        counts = torch.tensor(counts, device=scores.device)[:, None]                      # (B, 1)
+        n_before, kept_before = before or (0, [0] * len(scores))
+        kept_before = torch.tensor(kept_before, device=scores.device)[:, None]            # (B, 1)
         number = span_number(context.spans, valid)
         for n in range(1, int(number.max()) + 1):          # one span a row in every layout: one round
             image = number == n
             earlier = image.cumsum(1) == 0
-            kept = counts + (selected & earlier).sum(1, keepdim=True)
-            budget = row_capacity(keep, valid & (earlier | image), length) - kept         # none is left when it is negative
+            kept = kept_before + (selected & earlier).sum(1, keepdim=True)
+            budget = row_capacity(keep, valid & (earlier | image), n_before) - kept         # none is left when it is negative
             rank = descending_rank(scores, context.order, image)
             selected = (selected & ~image) | (image & (rank < budget))
         return selected

@@ -36,7 +36,7 @@ class WordText:
         for word in text.split():
             if word not in self.ids:
                 near = difflib.get_close_matches(word, self.words, 1)
-                raise ValueError(f"unknown word {word!r}" + (f", did you mean {near[0]!r}?" if near else "")
+                raise ValueError(f"unknown word {word!r}" + (f", did you mean {near[0]!r}?" if near else ".")
                                  + f" This tokenizer knows {self.size} words: {' '.join(self.words[:20])} ..")
         return [self.ids[word] for word in text.split()]
 
@@ -59,10 +59,11 @@ class Palette:
     """Image codes are the nearest of n fixed patches, (n, p, p, 3) uint8. Exact for images made of those patches."""
 
     def __init__(self, patches):
-        self.patches = torch.as_tensor(patches, dtype=torch.uint8)
-        shape = self.patches.shape
-        if len(shape) != 4 or 0 in shape or shape[1] != shape[2] or shape[3] != 3:
-            raise ValueError(f"Palette: patches must be (n, p, p, 3), got {tuple(shape)}")
+        patches = torch.as_tensor(patches)
+        shape = patches.shape
+        if len(shape) != 4 or 0 in shape or shape[1] != shape[2] or shape[3] != 3 or patches.is_floating_point():
+            raise ValueError(f"Palette: patches must be uint8 (n, p, p, 3), got {patches.dtype} {tuple(shape)}")
+        self.patches = patches.to(torch.uint8)
         self.n_codes, self.patch = shape[:2]
 
     def encode(self, images: Tensor) -> Tensor:
@@ -97,7 +98,7 @@ class Palette:
             mean = torch.zeros_like(centres).index_add_(0, owner, vectors) / count.clamp(min=1)[:, None]
             fresh = vectors[torch.randint(len(vectors), (len(centres),), generator=generator)]
             centres = torch.where(count[:, None] > 0, mean, fresh)
-        return cls(centres.round().view(-1, patch, patch, 3))
+        return cls(centres.round().to(torch.uint8).view(-1, patch, patch, 3))
 
 
 def nearest(vectors: Tensor, centres: Tensor) -> Tensor:
@@ -118,8 +119,18 @@ def cut_patches(images: Tensor, patch: int) -> Tensor:
 
 
 def check_codes(codes: Tensor, n_codes: int) -> None:
+    if codes.dtype != torch.long:
+        raise ValueError(f"image codes must be long, got {codes.dtype}: .long() converts other integers")
     if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= n_codes):
         raise ValueError(f"image codes lie in [{int(codes.min())}, {int(codes.max())}], expected [0, {n_codes})")
+
+
+def check_rows(rows, *texts) -> None:
+    """ValueError unless each of texts is a list of str, as long as rows, and not empty."""
+    counts = [len(rows), *(-1 if isinstance(text, str) else len(text) for text in texts)]
+    if -1 in counts or 0 in counts or len(set(counts)) > 1:
+        raise ValueError("pictures, texts and answers must be lists of the same length, of one sample or more, got "
+                         + ", ".join(str(n) if n >= 0 else "a str" for n in counts))
 
 
 class Batch(NamedTuple):
@@ -200,7 +211,10 @@ class Tokenizer:
             return self.text.decode([i])
         if self.image_start <= i < self.image_end:
             return f"<{i - self.image_start}>"
-        return "[MASK]" if i == self.mask_id else {v: k for k, v in self.special.items()}[i]
+        names = {i: name for name, i in self.special.items()} | {self.mask_id: "[MASK]"}
+        if i not in names:
+            raise ValueError(f"no id {i}: this tokenizer has 0 to {self.vocab_size - 1}")
+        return names[i]
 
     # ------------------------------------------------------------------------------- pieces of a sequence
 
@@ -244,9 +258,9 @@ class Tokenizer:
         showo: [PAD..] t2i sot text eot soi N codes eoi    labels: the codes, unshifted (objectives masks them)
         emu3:  BOS text boi h*w img row EOL .. EOF eoi EOS [PAD..]    labels: the codes, shifted
         """
-        image = self.image_ids(codes).tolist()
-        rows = [self.t2i_prompt(caption) + codes + self.image_footer()
-                for caption, codes in zip(captions, image, strict=True)]
+        check_rows(codes, captions)
+        rows = [self.t2i_prompt(caption) + image + self.image_footer()
+                for caption, image in zip(captions, self.image_ids(codes).tolist())]
         if self.backbone == "emu3":
             rows = [row + [self.eot] for row in rows]
         ids, valid = self.pad_rows(rows, self.length("t2i"), left=self.backbone == "showo")
@@ -273,9 +287,12 @@ class Tokenizer:
         A question and an answer may be lists of the same length, several turns on one picture: question answer eot
         question answer eot .. Labels: the answers and their ends, shifted.
         """
+        check_rows(codes, questions, answers)
         rows, answered = [], []
-        for question, answer, image in zip(questions, answers, self.image_ids(codes).tolist(), strict=True):
-            turns = [(question, answer)] if isinstance(question, str) else list(zip(question, answer, strict=True))
+        for question, answer, image in zip(questions, answers, self.image_ids(codes).tolist()):
+            pair = ([question], [answer]) if isinstance(question, str) else (question, answer)
+            check_rows(pair[0], *pair)
+            turns = list(zip(*pair))
             row = self.mmu_prompt(turns[0][0], image)
             labels = [IGNORE] * len(row)
             for number, (q, a) in enumerate(turns):
@@ -312,6 +329,7 @@ class Tokenizer:
 
     def lm(self, texts: list) -> Batch:
         """Text only. showo: sot text eot [PAD..]; emu3: BOS text EOS [PAD..]. Labels: all of it, shifted."""
+        check_rows(texts, texts)
         first = self.special["sot" if self.backbone == "showo" else "BOS"]
         rows = [[first, *self.fit_text(self.text.encode(text), self.length("lm") - 2), self.eot] for text in texts]
         ids, valid = self.pad_rows(rows, self.length("lm"))

@@ -35,6 +35,10 @@ def precision(device: torch.device):
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast)
 
 
+def precision_name(device: torch.device) -> str:
+    return "bf16 autocast" if precision(device)._enabled else "float32"
+
+
 def seed_everything(seed: int) -> None:
     random.seed(seed)
     torch.manual_seed(seed)
@@ -96,7 +100,7 @@ def hidden_and_rest(model: nn.Module) -> tuple[list, list]:
     return hidden, rest
 
 
-def make_optimizers(model: nn.Module, lr: float = 0.01, lr_rest: float = 2e-3) -> list:
+def make_optimizers(model: nn.Module, muon_lr: float = 0.01, lr: float = 2e-3) -> list:
     """Muon on the matrices of the blocks, AdamW on everything else (embeddings, head, norms, routers).
 
     ValueError for float16 weights, in which AdamW's epsilon is 0.
@@ -104,7 +108,7 @@ def make_optimizers(model: nn.Module, lr: float = 0.01, lr_rest: float = 2e-3) -
     if any(p.dtype == torch.float16 for p in model.parameters()):
         raise ValueError("float16 weights cannot be trained: convert them first, model.float() or model.bfloat16()")
     hidden, rest = hidden_and_rest(model)
-    return [Muon(hidden, lr), torch.optim.AdamW(rest, lr=lr_rest, betas=(0.9, 0.99), weight_decay=0.01)]
+    return [Muon(hidden, muon_lr), torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)]
 
 
 def learning_rate(step: int, steps: int, warmup: int = 20, decay: float = 0.0) -> float:
@@ -127,10 +131,10 @@ def clip_gradients(model: nn.Module, limit: float) -> torch.Tensor:
     return norm + 0 * nn.utils.get_total_norm([p.grad for p in apart]) if apart else norm
 
 
-def train_step(model, optimizers, batches: dict, factor: float, weights: dict = TASK_WEIGHTS, step: int = 0) -> dict:
+def train_step(model, optimizers, batches: dict, step: int, factor: float, weights: dict = TASK_WEIGHTS) -> dict:
     """One step on one batch of every task: forward, backward, clip, update. Returns {task: loss} as tensors.
 
-    factor: of the peak rates; weights: {task: its loss's}; step: its number, for objectives.training_rule.
+    step: its number, for objectives.training_rule; factor: of the peak rates; weights: {task: its loss's}.
     """
     losses = {task: task_losses(model, batch, task, training_rule(step, batch, task)) for task, batch in batches.items()}
     total = sum(weights[task] * loss.task + loss.predictor for task, loss in losses.items())
@@ -162,8 +166,10 @@ def decisions(model: UnifiedTransformer, batch, task: str, rule: str) -> tuple[l
     So many sequences at a time that the model's own logits, (.., T, V), are LOGITS numbers at most.
     """
     rows = max(1, LOGITS // (batch.ids.shape[1] * model.config.vocab_size))
-    pieces = [model(**type(batch)(*part).inputs(), task=task, routing=rule).routing
-              for part in zip(*([None] * -(-len(batch.ids) // rows) if t is None else t.split(rows) for t in batch))]
+    pieces = []
+    for start in range(0, len(batch.ids), rows):
+        part = type(batch)(*(None if t is None else t[start:start + rows] for t in batch))
+        pieces.append(model(**part.inputs(), task=task, routing=rule).routing)
     layers = [None if layer[0] is None else layer for layer in zip(*pieces)]
     return tuple([None if layer is None else torch.cat([getattr(routing, name) for routing in layer]) for layer in layers]
                  for name in ("predictor", "selected"))
@@ -245,8 +251,9 @@ def load_checkpoint(path, device="cpu") -> tuple[UnifiedTransformer, dict]:
     except Exception as error:                             # torch's own text advises to load it unsafely
         raise ValueError(f"{path} is not a checkpoint of unimod_mini: not a file of plain tensors and data") from error
     try:
-        model = UnifiedTransformer(ModelConfig(**stored.pop("config")), Plan(**stored.pop("plan")))
-        model.load_state_dict(stored.pop("model"))
+        with torch.device("meta"):                         # the file's tensors become the model's, dtype and all
+            model = UnifiedTransformer(ModelConfig(**stored.pop("config")), Plan(**stored.pop("plan")))
+        model.load_state_dict(stored.pop("model"), assign=True)
     except Exception as error:
         raise ValueError(f"{path} is not a checkpoint of unimod_mini: {error}") from error
     return model.to(device), stored

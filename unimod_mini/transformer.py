@@ -60,6 +60,9 @@ class ModelConfig:
         if self.d_model % self.n_head or self.n_head % self.n_kv_head:
             raise ValueError(f"ModelConfig: n_head={self.n_head} must divide d_model={self.d_model} and be a multiple "
                              f"of n_kv_head={self.n_kv_head}")
+        if self.image_positions < 0 or self.predictor_width < 0 or self.rope_theta <= 0:
+            raise ValueError("ModelConfig: image_positions and predictor_width must be at least 0 and rope_theta above 0, got "
+                             f"{self.image_positions}, {self.predictor_width}, {self.rope_theta}")
         if self.rope_dims % 2:
             raise ValueError(f"ModelConfig: {self.rope_dims} rotated dims a head, an even number is needed")
 
@@ -121,14 +124,14 @@ class Context(NamedTuple):
     order: Tensor | None           # (B, T) order in which ties are broken
     rope: Tensor                   # (B, T, 2, rope_dims) cos and signed sin, see rotary
     mask: Tensor | None            # (B, 1, T, T); None: plain causal, the fast kernel
-    sorted: bool                   # positions ascend with the index, so that a sorted subset is causal too
+    ascending: bool                # positions ascend with the index, so that a sorted subset is causal too
     coming: int                    # tokens that the finished sequence will have behind these
 
 
-def rotary(positions: Tensor, dims: int, theta: float) -> Tensor:
-    """c = cos, s = sin of position x theta^(-2 i / dims) as (c, c) and (-s, s): (B, T, 2, dims) float32."""
-    frequency = theta ** (-torch.arange(0, dims, 2, device=positions.device, dtype=torch.float32) / dims)
-    angle = positions[..., None].float() * frequency                         # (B, T, dims / 2)
+def rotary(positions: Tensor, dims: int, theta: float, dtype=torch.float32) -> Tensor:
+    """c = cos, s = sin of position x theta^(-2 i / dims) as (c, c) and (-s, s): (B, T, 2, dims)."""
+    frequency = theta ** (-torch.arange(0, dims, 2, device=positions.device, dtype=dtype) / dims)
+    angle = positions[..., None].to(dtype) * frequency                       # (B, T, dims / 2)
     cos, sin = angle.cos(), angle.sin()
     return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)), dim=-2)
 
@@ -191,7 +194,7 @@ class Attention(nn.Module):
         q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)    # (B, T, H, d), (B, T, G, d)
         on_cpu = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
         if on_cpu or q.dtype != v.dtype:                   # bf16 attention is slower than float32 on a CPU
-            q, k, v = (x.to(torch.float32 if on_cpu else v.dtype) for x in (q, k, v))
+            q, k, v = (t.to(torch.float32 if on_cpu else v.dtype) for t in (q, k, v))
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None, cache=None) -> Tensor:
@@ -250,13 +253,14 @@ class Output(NamedTuple):
 
 @contextmanager
 def evaluating(model: nn.Module):
-    """Inside, without dropout; afterwards the model trains on if it did before."""
-    training = model.training
+    """Inside, without dropout; afterwards every module trains on if it did before."""
+    before = {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module, training in before.items():
+            module.training = training
 
 
 def inference(function):
@@ -275,7 +279,8 @@ class UnifiedTransformer(nn.Module):
         super().__init__()
         if plan is not None and plan.n_layer != config.n_layer:
             raise ValueError(f"the plan has {plan.n_layer} layers, the model {config.n_layer}: make one for this model")
-        self.config, self.plan = config, plan or Plan.dense(config.n_layer, TASKS)
+        plan = plan or Plan.dense(config.n_layer, TASKS)
+        self.config, self.plan = config, Plan(plan.keep, plan.shared_router)  # its own: a plan's rows are a plain dict
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.image_position = nn.Embedding(config.image_positions, config.d_model) if config.image_positions else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -338,7 +343,10 @@ class UnifiedTransformer(nn.Module):
         return Output(self.head(self.norm(x)), routings)
 
     def embed_tokens(self, ids: Tensor, valid: Tensor | None = None, cache=None) -> Tensor:
-        """ids (B, T) -> x (B, T, D); the n-th image token of a picture also gets learned position n, if any."""
+        """ids (B, T) -> x (B, T, D); the n-th image token of a picture also gets learned position n, if any.
+
+        A cache counts the image tokens on.
+        """
         x = self.embed(ids)
         if self.image_position is None:
             return x
@@ -372,7 +380,8 @@ class UnifiedTransformer(nn.Module):
 
     def cached_layer(self, layer: int, x: Tensor, task: str, context: Context, cache):
         """The same behind a cache: the selected tokens alone, packed row by row to (1, N, D), whatever their number."""
-        keep, own, decision, token = self.plan.keep[task][layer], cache.layers[layer], None, cache.valid_tokens
+        keep, own = self.plan.keep[task][layer], cache.layers[layer]
+        decision, token = None, cache.valid_tokens
         if keep < 1.0:
             decision = self.router(layer, task)(x, task, keep, context, "causal", (cache.n_valid, own.counts))
             token = decision.selected.nonzero(as_tuple=True)                               # rows (N,), columns (N,)
@@ -395,13 +404,15 @@ class UnifiedTransformer(nn.Module):
 
     def subset_mask(self, context: Context, indices: Tensor, live: Tensor | None) -> Tensor | None:
         """The mask of the kept tokens, from their own positions and spans. Spare slots sort last: causal hides them."""
-        if context.sorted and context.spans is None:
+        if context.ascending and context.spans is None:
             return None
         spans = None if context.spans is None else context.spans.gather(1, indices)
         return attention_mask(context.positions.gather(1, indices), spans, live)
 
     def context(self, ids, positions, spans, valid, cache=None, coming: int = 0) -> Context:
-        counted, before = positions is None, 0 if cache is None else cache.n_valid           # valid tokens so far
+        """Positions (counted unless given), the mask of a dense layer, rotary angles and the order of ties."""
+        counted = positions is None
+        before = 0 if cache is None else cache.n_valid                       # valid tokens so far
         if cache is not None and valid is None:
             valid = torch.ones_like(ids, dtype=torch.bool)
         if counted:
@@ -409,7 +420,8 @@ class UnifiedTransformer(nn.Module):
             positions = (new.cumsum(1) - 1 + before).clamp(min=0)
         plain = cache is not None or (counted and valid is None and spans is None)
         mask = None if plain else attention_mask(positions, spans, valid)
-        rope = rotary(positions, self.config.rope_dims, self.config.rope_theta)
+        dtype = torch.promote_types(self.embed.weight.dtype, torch.float32)
+        rope = rotary(positions, self.config.rope_dims, self.config.rope_theta, dtype)
         # a dense model ranks nothing, a cache without spans leaves every decision to predictors
         ranks = any(map(self.plan.routed, range(self.plan.n_layer))) and (cache is None or spans is not None)
         order = tie_order(*ids.shape, valid, ids.device, before) if ranks else None
@@ -423,8 +435,11 @@ class UnifiedTransformer(nn.Module):
             raise ValueError(f'routing must be "topk", "predicted" or "causal", got {routing!r}')
         if cache is not None and routing != "causal":
             raise ValueError('a cache needs routing="causal": top-k over a sequence changes when it grows')
-        if ids.dim() != 2 or ids.numel() == 0 or ids.dtype != torch.long:
-            raise ValueError(f"ids must be (B, T) long with B, T >= 1, got {tuple(ids.shape)} {ids.dtype}")
+        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.numel() == 0 or ids.dtype != torch.long:
+            given = f"{tuple(ids.shape)} {ids.dtype}" if isinstance(ids, Tensor) else f"a {type(ids).__name__}"
+            raise ValueError(f"ids must be (B, T) long with B, T >= 1, got {given}")
+        if cache is not None and cache.model is not self:
+            raise ValueError("this cache was made for another model: make a new one, Cache(model, task, batch, max_length)")
         if cache is not None and (cache.task, cache.batch) != (task, len(ids)):
             raise ValueError(f"this cache is for {cache.batch} rows of {cache.task!r}, got {len(ids)} of {task!r}: make a "
                              "new one")

@@ -91,8 +91,9 @@ class VQ(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """uint8 (B, H, W, 3) -> long (B, h, w); ValueError if images do not fit."""
-        return self.choose(self.encoder(self.pixels(images)).movedim(1, 3))
+        """uint8 (B, H, W, 3) -> long (B, h, w); ValueError if images do not fit. Never under autocast: bf16 codes differ."""
+        with torch.autocast(self.codebook.device.type, enabled=False):
+            return self.choose(self.encoder(self.pixels(images)).movedim(1, 3))
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
@@ -103,7 +104,8 @@ class VQ(nn.Module):
         require(codes.min() >= 0 and codes.max() < self.n_codes, f"codes span {codes.min()}.."
                 f"{codes.max()}, expected 0..{self.n_codes - 1}: subtract the image id offset")
         q = self.codebook[codes.to(self.codebook.device)]  # (B, h, w, D)
-        pixels = self.decoder(q.movedim(3, 1)).clamp(-1, 1).movedim(1, 3)  # (B, H, W, 3)
+        with torch.autocast(q.device.type, enabled=False):
+            pixels = self.decoder(q.movedim(3, 1)).clamp(-1, 1).movedim(1, 3)  # (B, H, W, 3)
         return ((pixels + 1) * 127.5).round().to(torch.uint8).contiguous()
 
     def choose(self, z: Tensor) -> Tensor:
