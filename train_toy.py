@@ -21,8 +21,8 @@ import torch
 from tqdm import tqdm
 
 from unimod_mini import (METHODS, ModelConfig, Palette, Pictures, Plan, Tokenizer, UnifiedTransformer, World, WordText,
-                         arank_table, calibrate, count_flops, generate_image, generate_text, load_image_folder,
-                         make_optimizers, plan_for_budget, predictor_report, save_checkpoint, train_step)
+                         arank_table, calibrate, count_flops, flops_ratio, generate_image, generate_text,
+                         load_image_folder, make_optimizers, plan_for_budget, predictor_report, save_checkpoint, train_step)
 from unimod_mini.evaluate import blind_accuracy, evaluate
 from unimod_mini.files import whole_file
 from unimod_mini.layer_switch import show_table
@@ -155,14 +155,15 @@ def main(argv=None) -> dict:
                "dense": train(dense, same_data, more, 0.7, device, "dense", setting["mmu_weight"])}
 
     print(f"\n4. evaluation: {EVAL_SCENES} unseen scenes of each task, one sample each, free-running")
-    drawing = setting["drawing"]
-    saved = 1 - flops["routed"] / flops["dense"]
+    drawing, sizes = setting["drawing"], {task: setting[task] for task in plan.tasks}
+    saved = 1 - flops_ratio(config, plan, {task: tokenizer.length(task) for task in sizes}, "train", sizes)
     results = judge(dense, routed, sampler, args.seed, drawing, flops, step_ms, device)
     metrics = {"backbone": args.backbone, "method": args.method, "seed": args.seed,
                "seconds": round(time.perf_counter() - began, 1),
                "parameters": sum(p.numel() for p in routed.parameters()), **results,
                "blind_mmu_accuracy": blind_accuracy(world, EVAL_SCENES, args.seed),
-               "saved": {"routed_phase": round(saved, 4), "whole_run": round(saved * more / (steps + more), 4)}}
+               "saved": {"samples": round(1 - flops["routed"] / flops["dense"], 4), "step": round(saved, 4),
+                         "whole_run": round(saved * more / (steps + more), 4)}}
     report(metrics, plan)
     with precision(device):
         write_results(out, metrics, routed, tokenizer, world, drawing)
@@ -221,8 +222,8 @@ def report(metrics: dict, plan: Plan) -> None:
     worst = {key: min((v, f"{task} {name}") for task in ("t2i", "mmu")
                       for name, v in metrics[key]["by_category"][task].items()) for key in names}
     print("worst category: " + ", ".join(f"{key} {name} {value:.1%}" for key, (value, name) in worst.items()))
-    print("GFLOP: training FLOPs of one sample of each task, full n x n attention. Saved: {routed_phase:.1%} in the "
-          "routed phase, {whole_run:.1%} over both phases.".format(**metrics["saved"]))
+    print("GFLOP: training FLOPs of one sample of each task, full n x n attention. Saved: {samples:.1%} of them; {step:.1%} of "
+          "a step's, whose tasks are not equally many; {whole_run:.1%} over both phases.".format(**metrics["saved"]))
     report_predictors(metrics["predictor"])
     print(f"aimed at: t2i {AIMS['t2i']:.0%}, mmu {AIMS['mmu']:.0%}, {1 - SETTINGS[metrics['backbone']]['budget']:.0%} saved "
           f"(toy world, default steps). This run took {metrics['seconds'] / 60:.1f} minutes.")

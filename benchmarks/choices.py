@@ -8,8 +8,9 @@
 method: UniMoD; the same keep ratios for the layers in the order of what the loss gains from each, instead of ARank's
 order; its plan with one router for both tasks; ARank's mean over both tasks, so one plan and one router for both; and
 the methods of the paper's comparison. The first four and mod meet the budget, interleaved and early_exit save what they
-save, dense nothing. measure: what counts as rank in ARank, with its tolerance. gate, membership: the values of the config
-field, all with UniMoD's plan. --only runs some of the choices; --budget is that of train_toy.py when not given.
+save, dense nothing. measure: what counts as rank in ARank, with its tolerance; even: no ARank, the same keep in every
+layer but the first, which is dense. gate, membership: the values of the config field, all with UniMoD's plan. --only
+runs some of the choices; --budget is that of train_toy.py when not given.
 
 For each choice, on fresh data: the losses of both tasks and free-running accuracies, with top-k and with causal routing,
 how often membership agrees with top-k, and its base rate. --dense keeps the dense model in this file and takes it, and
@@ -26,12 +27,13 @@ from unimod_mini import (METHODS, Plan, arank_table, calibrate, flops_ratio, loa
                          plan_for_budget, predictor_report, save_checkpoint)
 from unimod_mini.analysis import layer_importance  # noqa: E402
 from unimod_mini.evaluate import evaluate  # noqa: E402
+from unimod_mini.flops import bisect  # noqa: E402
 from unimod_mini.objectives import cross_entropy  # noqa: E402
 from unimod_mini.routers import GATES, MEMBERSHIP_WEIGHT  # noqa: E402
 
 MEASURES = ("energy 0.1", "energy 0.01", "rank 0.1", "rank 0.01", "rank 1e-7")    # of arank, with their tolerances
 FIELDS = {"gate": tuple(GATES), "membership": tuple(MEMBERSHIP_WEIGHT),
-          "measure": MEASURES,
+          "measure": (*MEASURES, "even"),
           "method": ("unimod", "by loss", "one router", "one plan", *METHODS[1:])}
 NAMES = ("saved", "ce t2i", "ce t2i c.", "ce mmu", "ce mmu c.", "t2i", "t2i c.", "mmu", "mmu c.", "agreement", "base rate")
 
@@ -98,7 +100,7 @@ def main() -> None:
         toy.seed_everything(args.seed)                     # a choice does not depend on those before it
         if choice == "by loss":
             own = by_loss(dense, table, samples)
-        elif args.field == "measure":
+        elif choice in MEASURES:
             measure, tolerance = choice.split()
             own = arank_table(dense, samples, measure, float(tolerance))
         else:
@@ -121,12 +123,20 @@ def by_loss(dense, table: dict, samples: dict) -> dict:
     return {task: [sorted(row)[order[task].index(layer)] for layer in range(len(row))] for task, row in table.items()}
 
 
+def even(config, lengths: dict, budget: float) -> Plan:
+    """The first layer dense, one keep in all others and for all tasks, a router for each."""
+    plan = lambda keep: Plan(dict.fromkeys(lengths, (1.0, *[int(1000 * keep) / 1000] * (config.n_layer - 1))))
+    return plan(bisect(lambda keep: flops_ratio(config, plan(keep), lengths), budget, 0.0, 1.0))
+
+
 def variant(field: str, choice: str, table: dict, config, lengths: dict, budget: float) -> tuple[Plan, dict]:
     """The plan of this choice, and what it changes in the config."""
     method = choice if choice in METHODS else "unimod"
     if choice == "one plan":                               # ARank's mean over the tasks: nothing is task-aware
         table = dict.fromkeys(table, [sum(column) / len(column) for column in zip(*table.values())])
     plan = plan_for_budget(method, table, config, lengths, budget)
+    if choice == "even":
+        plan = even(config, lengths, budget)
     plan = Plan(plan.keep, plan.shared_router or choice in ("one router", "one plan"))
     return plan, {field: choice} if field in ("gate", "membership") else {}
 

@@ -47,6 +47,9 @@ def test_the_methods_of_the_comparison():
     mean = {task: [(a + b) / 2 for a, b in zip(*table.values())] for task in table}
     assert plans["one plan"][0] == choices.Plan(choices.plan_for_budget("unimod", mean, config, lengths, 0.6).keep, True)
     assert len(set(plans["one plan"][0].keep.values())) == 1
+    plan, _ = choices.variant("measure", "even", table, config, lengths, 0.6)
+    assert plan.keep["t2i"] == plan.keep["mmu"] == (1.0, *[plan.keep["t2i"][1]] * 7) and not plan.shared_router
+    assert 0.59 < choices.flops_ratio(config, plan, lengths, "train") <= 0.6
     plan, changes = choices.variant("gate", "tanh", table, config, lengths, 0.6)
     assert (plan, changes) == (plans["unimod"][0], {"gate": "tanh"})
 

@@ -419,9 +419,10 @@ def test_what_is_no_sample(tokens, call, message):
 
 
 def test_a_palette_of_shares():
-    """Patches between 0 and 1 would all be black."""
-    with pytest.raises(ValueError, match=r"patches must be uint8 \(n, p, p, 3\), got torch.float32 \(4, 2, 2, 3\)"):
-        Palette(torch.rand(4, 2, 2, 3))
+    """Patches between 0 and 1 would all be black; whole numbers of any type are pixels."""
+    with pytest.raises(ValueError, match="patches must be whole numbers from 0 to 255"):
+        Palette(torch.full((1, 2, 2, 3), 0.5))
+    assert Palette(torch.full((1, 2, 2, 3), 255.0)).patches.unique().tolist() == [255]
 
 
 def test_unknown_backbone():

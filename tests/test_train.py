@@ -242,6 +242,10 @@ def test_main_runs_end_to_end_and_writes_its_files(tmp_path, monkeypatch, capsys
     assert model.plan == plan
     expected = sum(count_flops(model.config, plan, task, 37, "train").total for task in ("t2i", "mmu"))
     assert written["topk"]["train_flops"] == expected
+    saved = {n: 1 - flops_ratio(model.config, plan, dict.fromkeys(plan.tasks, 37), "train", dict(zip(("t2i", "mmu"), n)))
+             for n in ((1, 1), (36, 16))}                  # one sample of each task, and the samples of a step
+    assert written["saved"] == {"samples": round(saved[1, 1], 4), "step": round(saved[36, 16], 4),
+                                "whole_run": round(saved[36, 16] * 2 / 6, 4)}
     world, tokenizer = toy.make_world(toy.parse(["--backbone", "showo"]))
     assert extra["tokenizer"]["words"] == tokenizer.text.words
     images = tokenizer.image.decode(world.sample_mmu(1, Random(0))[1])

@@ -59,11 +59,12 @@ class Palette:
     """Image codes are the nearest of n fixed patches, (n, p, p, 3) uint8. Exact for images made of those patches."""
 
     def __init__(self, patches):
-        patches = torch.as_tensor(patches)
-        shape = patches.shape
-        if len(shape) != 4 or 0 in shape or shape[1] != shape[2] or shape[3] != 3 or patches.is_floating_point():
-            raise ValueError(f"Palette: patches must be uint8 (n, p, p, 3), got {patches.dtype} {tuple(shape)}")
-        self.patches = patches.to(torch.uint8)
+        self.patches = torch.as_tensor(patches, dtype=torch.uint8)
+        shape = self.patches.shape
+        if len(shape) != 4 or 0 in shape or shape[1] != shape[2] or shape[3] != 3:
+            raise ValueError(f"Palette: patches must be (n, p, p, 3), got {tuple(shape)}")
+        if (self.patches != torch.as_tensor(patches)).any():
+            raise ValueError("Palette: patches must be whole numbers from 0 to 255: multiply shares by 255 and round them")
         self.n_codes, self.patch = shape[:2]
 
     def encode(self, images: Tensor) -> Tensor:
@@ -98,7 +99,7 @@ class Palette:
             mean = torch.zeros_like(centres).index_add_(0, owner, vectors) / count.clamp(min=1)[:, None]
             fresh = vectors[torch.randint(len(vectors), (len(centres),), generator=generator)]
             centres = torch.where(count[:, None] > 0, mean, fresh)
-        return cls(centres.round().to(torch.uint8).view(-1, patch, patch, 3))
+        return cls(centres.round().view(-1, patch, patch, 3))
 
 
 def nearest(vectors: Tensor, centres: Tensor) -> Tensor:
