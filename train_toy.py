@@ -31,13 +31,13 @@ from unimod_mini.show import save_png, terminal
 from unimod_mini.trainer import find_device, learning_rate, precision, precision_name, seed_everything
 
 # --------------------------------------------------------------------------------------------------------------
-# Settings: what each backbone needs. Budget: training FLOPs of the plan over those of dense. mmu_weight: what its loss
-# counts beside that of t2i, much of which no model can know (shades, places that no caption names).
+# Settings: what each backbone needs. Budget: training FLOPs of the plan over those of dense. weights: what a task's
+# loss counts; much of t2i's no model can know (shades, places that no caption names).
 # --------------------------------------------------------------------------------------------------------------
 
 SETTINGS = {
-    "emu3": dict(steps=1000, t2i=12, mmu=36, mmu_weight=4.0, budget=0.60, drawing={"temperature": 0.7, "guidance": 1.0}),
-    "showo": dict(steps=1250, t2i=36, mmu=16, mmu_weight=2.0, budget=0.85,
+    "emu3": dict(steps=1000, t2i=12, mmu=36, weights=TASK_WEIGHTS | {"mmu": 4.0}, budget=0.60, drawing={"temperature": 0.7, "guidance": 1.0}),
+    "showo": dict(steps=1250, t2i=36, mmu=16, weights=TASK_WEIGHTS | {"mmu": 2.0}, budget=0.85,
                   drawing={"temperature": 1.0, "guidance": 1.0, "steps": 16}),
 }
 AIMS = {"t2i": 0.90, "mmu": 0.95}
@@ -100,9 +100,9 @@ class Sampler:
 # One phase of training
 # --------------------------------------------------------------------------------------------------------------
 
-def train(model, sampler, steps: int, decay: float, device, label: str, mmu_weight: float = 1.0) -> float:
+def train(model, sampler, steps: int, decay: float, device, label: str, weights: dict = TASK_WEIGHTS) -> float:
     """Train for `steps`; the rate falls to 0 over the last `decay` of them. Returns the median milliseconds a step."""
-    optimizers, weights, times, means = make_optimizers(model), TASK_WEIGHTS | {"mmu": mmu_weight}, [], {}
+    optimizers, times, means = make_optimizers(model), [], {}
     model.train()
     bar = tqdm(range(steps), desc=f"{label:<8}", unit="step", mininterval=1.0)
     for step in bar:
@@ -143,7 +143,7 @@ def main(argv=None) -> dict:
     steps = args.steps or setting["steps"]
     more = max(1, steps // 2)
     print(f"\n1. dense training, {steps} steps of {setting['t2i']} t2i + {setting['mmu']} mmu sequences")
-    train(dense, sampler, steps, 0.0, device, "dense", setting["mmu_weight"])
+    train(dense, sampler, steps, 0.0, device, "dense", setting["weights"])
 
     print("\n2. layer switch: ARank over length on 20 t2i prompts and 50 mmu samples")
     plan, flops = switch(dense, sampler, args.method, setting["budget"], device)
@@ -151,8 +151,8 @@ def main(argv=None) -> dict:
 
     print(f"\n3. {more} more steps: {args.method}, and dense for comparison, from the same weights and data")
     routed, same_data = dense.with_plan(plan), copy.deepcopy(sampler)
-    step_ms = {"routed": train(routed, sampler, more, 0.7, device, args.method, setting["mmu_weight"]),
-               "dense": train(dense, same_data, more, 0.7, device, "dense", setting["mmu_weight"])}
+    step_ms = {"routed": train(routed, sampler, more, 0.7, device, args.method, setting["weights"]),
+               "dense": train(dense, same_data, more, 0.7, device, "dense", setting["weights"])}
 
     print(f"\n4. evaluation: {EVAL_SCENES} unseen scenes of each task, one sample each, free-running")
     drawing, sizes = setting["drawing"], {task: setting[task] for task in plan.tasks}

@@ -77,8 +77,8 @@ def observations(world, tokenizer, data, dense, args, device) -> dict:
         whole, without = layer_importance(dense, measure)
     sign = lambda name: 1 if name.startswith("ce ") else -1
     table |= {f"lost {name}": [sign(name) * (row[name] - value) for row in without] for name, value in whole.items()}
-    for label, mmu_weight in (("equal", 1.0), ("toy", toy.SETTINGS[args.backbone]["mmu_weight"])):
-        won = competition(dense, data(2, COMPETING, COMPETING), ROUTER_STEPS, {"t2i": 1.0, "mmu": mmu_weight},
+    for label, weights in (("equal", dict.fromkeys(TASKS, 1.0)), ("toy", toy.SETTINGS[args.backbone]["weights"])):
+        won = competition(dense, data(2, COMPETING, COMPETING), ROUTER_STEPS, weights,
                           progress=partial(tqdm, desc=f"routers, {label}", unit="step", mininterval=1.0))
         table |= {f"won {task} {label}": row for task, row in won.items()}
     return {"whole": whole, **table}
@@ -143,12 +143,12 @@ def synergy(world, tokenizer, data, both, args, device) -> list:
         if len(tasks) == 1:
             toy.seed_everything(args.seed)
             dense = toy.UnifiedTransformer(both.config).to(device)
-            toy.train(dense, only(sampler(0), tasks), args.steps, 0.0, device, tasks[0], setting["mmu_weight"])
+            toy.train(dense, only(sampler(0), tasks), args.steps, 0.0, device, tasks[0], setting["weights"])
         for method in ("dense", "unimod"):
             own = plan if method == "unimod" else Plan.dense(plan.n_layer, TASKS)
             model = dense.with_plan(Plan({task: own.keep[task] for task in tasks}))
             label = f"{' + '.join(tasks)}, {method}"
-            toy.train(model, only(sampler(2), tasks), args.steps // 2, 0.7, device, label, setting["mmu_weight"])
+            toy.train(model, only(sampler(2), tasks), args.steps // 2, 0.7, device, label, setting["weights"])
             seen = only(data(4, SAMPLES // 2, SAMPLES // 2), tasks)()
             calibrate(model, {task: batch.to(device) for task, batch in seen.items()})
             rows.append({"model": label, **score(model, world, tokenizer, data, args, (False, True), tasks)})

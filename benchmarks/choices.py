@@ -70,7 +70,7 @@ def begin(args, device):
     else:
         dense = toy.UnifiedTransformer(toy.toy_config(args.backbone, tokenizer)).to(device)
         sampler = data(0, setting["t2i"], setting["mmu"])
-        toy.train(dense, sampler, args.steps, 0.0, device, "dense", setting["mmu_weight"])
+        toy.train(dense, sampler, args.steps, 0.0, device, "dense", setting["weights"])
         if args.dense:
             save_checkpoint(args.dense, dense, steps=args.steps)
     return world, tokenizer, data, dense
@@ -107,7 +107,7 @@ def main() -> None:
             own = table
         plan, changes = variant(args.field, choice, own, dense.config, lengths, budget)
         model, fresh = dense.with_plan(plan, **changes), data(2, *sizes)
-        toy.train(model, fresh, more, 0.7, device, choice, setting["mmu_weight"])
+        toy.train(model, fresh, more, 0.7, device, choice, setting["weights"])
         values = [1 - flops_ratio(dense.config, plan, lengths, "train"),
                   *judge(model, fresh, world, args.scenes, args.seed, setting["drawing"], device)]
         print(f"{choice:<12}" + "".join(f"{value:>12.3f}" for value in values), flush=True)

@@ -1,11 +1,12 @@
-"""benchmarks/choices.py, where the values of a field go on from one dense model, and benchmarks/analysis.py beside it."""
+"""benchmarks/choices.py, where the values of a field go on from one dense model; analysis.py and tasks.py beside it."""
 import json
 import sys
 from dataclasses import replace
+from random import Random
 
 import pytest
 
-from benchmarks import analysis, choices
+from benchmarks import analysis, choices, tasks
 from unimod_mini import Batch
 
 
@@ -143,6 +144,40 @@ def test_plans(run, tmp_path, monkeypatch):
     assert list(found["measures"]) == list(choices.MEASURES)
     first = found["measures"]["rank 1e-7"]["t2i"]          # every layer has full rank: the same keep everywhere
     assert len(first) == 8 and max(first) - min(first) < 0.2
+
+
+# ---------------------------------------------------------------------------------------------- benchmarks/tasks.py
+
+def test_readings_can_be_answered_from_their_texts():
+    """The scene in words, read back word by word, has exactly the answer; the longest fits the task's budget."""
+    world, tokenizer = tasks.toy.make_world(tasks.toy.parse([]))
+    small, asked = replace(world, max_objects=2), Random(0)
+    for scene, question in tasks.readings(small, 300, asked):
+        things = [part.split()[1:] for part in scene.split(" and ")]                      # colour, shape, place
+        words = question.text.split()
+        if question.category == "color":
+            found = [color for color, shape, place in things if words[-2] in (shape, place)]
+        elif question.category == "shape":
+            found = [shape for _, shape, place in things if place == words[-2]]
+        elif question.category == "count":
+            kind = words[2].removesuffix("s").removesuffix("e")
+            found = [("zero", "one", "two")[sum(kind in ("object", shape.removesuffix("e")) for _, shape, _ in things)]]
+        else:                                              # where it is, or no
+            found = [place for color, shape, place in things if [color, shape] == words[3:5]] or ["no"]
+        assert found == [question.answer], (scene, question)
+        tokenizer.lm([f"{scene} {question.text} {question.answer}"])
+
+
+def test_three_tasks_in_one_model(run, tmp_path, monkeypatch):
+    """Three rows of a plan within the budget of a step's FLOPs, three accuracies, dense and UniMoD."""
+    monkeypatch.setattr(tasks, "COUNTS", {"t2i": 2, "mmu": 2, "lm": 2})
+    monkeypatch.setattr(tasks, "SWITCH", dict.fromkeys(tasks.COUNTS, 4))
+    lines = run("--steps", "2", "--scenes", "14", "--out", str(tmp_path / "found.json"), module=tasks)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert 0.39 < found["saved"] < 0.45 and list(found["keep"]) == ["t2i", "mmu", "lm"]
+    for label in ("dense", "unimod"):
+        assert all(0 <= found[label][task] <= 1 for task in tasks.COUNTS) and set(found[label]["worst"]) == set(tasks.COUNTS)
+    assert lines[-3].split()[:3] == ["dense", "t2i", "0.0%"] and lines[-1].startswith("blind in lm: ")
 
 
 def test_rank_correlation():
