@@ -64,7 +64,7 @@ class Config:
     data: str = ""                 # the folder that python -m unimod_mini.prepare wrote
     out: str = "out/full"          # where everything is written: model.pt, checkpoints/, samples/, metrics.jsonl ..
     preset: str = "laptop"         # sizes, with their settings: tiny, laptop, base, or a name of ModelConfig.preset
-    init: str = ""                 # begin with these weights: model.pt, train_toy.py's checkpoint.pt, or checkpoints/step-..
+    init: str = ""                 # begin with these weights: model.pt, checkpoint.pt of train_toy.py, a checkpoint
     plan: str = ""                 # UniMoD with this plan from the first step; "": dense, then the layer switch
     resume: str = "no"             # or auto: go on from the newest whole checkpoint of --out, if there is any
     steps: int = 2000              # of both stages together
@@ -177,8 +177,10 @@ def make_job(config: Config, ranks: Ranks, device: torch.device) -> Job:
     loader = Loader(shards, counts, config.seed, ranks.rank, ranks.world, config.accumulate, config.drop)
     lengths = {task: shards.tokenizer.length(task) for task in counts}
     held = held_out(config, shards, counts, ranks)
-    about = {"shards": checkpoints.identity(shards.folder), "tokenizer": shards.tokenizer_hash, "config": asdict(config)}
-    return Job(config, ranks, device, shards, counts, lengths, loader, (held, share_out(held)[0]), Path(config.out), about)
+    about = {"shards": checkpoints.identity(shards.folder), "tokenizer": shards.tokenizer_hash,
+             "config": asdict(config)}
+    held = held, share_out(held)[0]
+    return Job(config, ranks, device, shards, counts, lengths, loader, held, Path(config.out), about)
 
 
 def held_out(config: Config, shards: Shards, counts: dict, ranks: Ranks) -> list:
@@ -212,8 +214,8 @@ def begin(job: Job) -> Run:
         raise ValueError(f"--plan {config.plan} has no row for {', '.join(missing)}: add it, or set --{missing[0]} 0")
     if plan is None and config.dense < 1 and config.method == "unimod":
         if (least := least_cost(sizes, job.lengths, job.counts)) > config.budget:
-            raise ValueError(f"--budget {config.budget} is out of reach: the head alone costs {least:.2f} of dense with "
-                             f"{sizes.vocab_size} ids; a higher budget, a deeper preset, or a smaller vocabulary")
+            raise ValueError(f"--budget {config.budget} is out of reach: the head alone costs {least:.2f} of dense "
+                             f"with {sizes.vocab_size} ids; a higher budget, a deeper preset, or a smaller vocabulary")
     torch.manual_seed(config.seed)                         # the same weights on every rank
     with torch.device("cpu" if job.loads else "meta"):
         model = UnifiedTransformer(sizes, plan)
@@ -229,7 +231,7 @@ def begin(job: Job) -> Run:
 
 
 def initial(path: str, sizes: ModelConfig, plan: Plan) -> UnifiedTransformer:
-    """The weights of --init, a file or the folder of a checkpoint, with fresh routers. ValueError when they do not fit."""
+    """The weights of --init, a file or a checkpoint's folder, with fresh routers. ValueError when they do not fit."""
     folder = Path(path)
     if not folder.is_dir():
         return load_weights(path, sizes, plan)
@@ -317,9 +319,10 @@ def report(run: Run, job: Job, journal: Journal | None, losses, norm, clock: Clo
         journal.write(row)
         print(line(row, job.config.steps), flush=True)
     if in_a_row >= PATIENCE:
-        raise Diverged(f"the last {in_a_row} steps had a loss or a gradient that is not finite and were skipped (losses "
-                       f"{losses.tolist()}, norm {norm.item()}): the weights are those of step {run.step - in_a_row}. "
-                       "Look at --lr (lower it), --warmup (lengthen it), --clip, and at the samples of these steps")
+        raise Diverged(f"the last {in_a_row} steps had a loss or a gradient that is not finite and were skipped "
+                       f"(losses {losses.tolist()}, norm {norm.item()}): the weights are those of step "
+                       f"{run.step - in_a_row}. Look at --lr (lower it), --warmup (lengthen it), --clip, and at the "
+                       "samples of these steps")
 
 
 def finished_model(run: Run, job: Job) -> UnifiedTransformer | None:
@@ -339,8 +342,8 @@ def membership(model: UnifiedTransformer, job: Job) -> dict:
     with precision(job.device):
         found = predictor_report(model, to_device(job.batches(wanted, "held") or job.batches(wanted), job.device))
     if found["by_layer"]:
-        print("predictors agree with top-k on {accuracy:.1%} of the tokens (base rate {base_rate:.1%}); causal routing keeps "
-              "{capacity_realised:.1%}, top-k {capacity_trained:.1%}".format(**found), flush=True)
+        print("predictors agree with top-k on {accuracy:.1%} of the tokens (base rate {base_rate:.1%}); causal routing "
+              "keeps {capacity_realised:.1%}, top-k {capacity_trained:.1%}".format(**found), flush=True)
     return found
 
 

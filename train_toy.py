@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from unimod_mini import (METHODS, ModelConfig, Palette, Pictures, Plan, Tokenizer, UnifiedTransformer, World, WordText,
                          arank_table, calibrate, count_flops, flops_ratio, generate_image, generate_text,
-                         load_image_folder, make_optimizers, plan_for_budget, predictor_report, save_checkpoint, train_step)
+                         load_image_folder, make_optimizers, plan_for_budget, predictor_report, save_checkpoint,
+                         train_step)
 from unimod_mini.evaluate import blind_accuracy, evaluate
 from unimod_mini.files import whole_file
 from unimod_mini.layer_switch import show_table
@@ -36,7 +37,8 @@ from unimod_mini.trainer import find_device, learning_rate, precision, precision
 # --------------------------------------------------------------------------------------------------------------
 
 SETTINGS = {
-    "emu3": dict(steps=1000, t2i=12, mmu=36, weights=TASK_WEIGHTS | {"mmu": 4.0}, budget=0.60, drawing={"temperature": 0.7, "guidance": 1.0}),
+    "emu3": dict(steps=1000, t2i=12, mmu=36, weights=TASK_WEIGHTS | {"mmu": 4.0}, budget=0.60,
+                 drawing={"temperature": 0.7, "guidance": 1.0}),
     "showo": dict(steps=1250, t2i=36, mmu=16, weights=TASK_WEIGHTS | {"mmu": 2.0}, budget=0.85,
                   drawing={"temperature": 1.0, "guidance": 1.0, "steps": 16}),
 }
@@ -210,8 +212,10 @@ def introduce(model, tokenizer, example: dict, device, seed: int) -> None:
 
 def report(metrics: dict, plan: Plan) -> None:
     """The closing table; top-k looks at the whole sequence, so its row is labelled non-causal."""
-    print(f"\n{'model':<26}{'t2i':>8}{'mmu':>8}{'composed':>10}{'GFLOP':>8}{'ms/step':>9}{'kept t2i':>10}{'kept mmu':>10}")
-    names = {"dense": "dense", "topk": f"{metrics['method']}, top-k (non-causal)", "causal": f"{metrics['method']}, causal"}
+    print(f"\n{'model':<26}{'t2i':>8}{'mmu':>8}{'composed':>10}{'GFLOP':>8}{'ms/step':>9}{'kept t2i':>10}"
+          f"{'kept mmu':>10}")
+    method = metrics["method"]
+    names = {"dense": "dense", "topk": f"{method}, top-k (non-causal)", "causal": f"{method}, causal"}
     for key, name in names.items():
         row = metrics[key]
         kept = [1.0 if key == "dense" else sum(plan.keep[task]) / plan.n_layer for task in ("t2i", "mmu")]
@@ -222,10 +226,12 @@ def report(metrics: dict, plan: Plan) -> None:
     worst = {key: min((v, f"{task} {name}") for task in ("t2i", "mmu")
                       for name, v in metrics[key]["by_category"][task].items()) for key in names}
     print("worst category: " + ", ".join(f"{key} {name} {value:.1%}" for key, (value, name) in worst.items()))
-    print("GFLOP: training FLOPs of one sample of each task, full n x n attention. Saved: {samples:.1%} of them; {step:.1%} of "
-          "a step's, whose tasks are not equally many; {whole_run:.1%} over both phases.".format(**metrics["saved"]))
+    print("GFLOP: training FLOPs of one sample of each task, full n x n attention. Saved: {samples:.1%} of them; "
+          "{step:.1%} of a step's, whose tasks are not equally many; {whole_run:.1%} over both phases."
+          .format(**metrics["saved"]))
     report_predictors(metrics["predictor"])
-    print(f"aimed at: t2i {AIMS['t2i']:.0%}, mmu {AIMS['mmu']:.0%}, {1 - SETTINGS[metrics['backbone']]['budget']:.0%} saved "
+    saved = 1 - SETTINGS[metrics["backbone"]]["budget"]
+    print(f"aimed at: t2i {AIMS['t2i']:.0%}, mmu {AIMS['mmu']:.0%}, {saved:.0%} saved "
           f"(toy world, default steps). This run took {metrics['seconds'] / 60:.1f} minutes.")
 
 

@@ -62,21 +62,22 @@ def layer_importance(model: UnifiedTransformer, measure) -> tuple:
 
 def competition(model: UnifiedTransformer, batches, steps: int, weights: dict, share: float = 0.5, lr: float = 0.01,
                 counted: int = 10, progress=iter) -> dict:
-    """Both tasks' tokens compete for one router in every odd layer of a dense model: {task: [share that won, .. or None]}.
+    """Both tasks' tokens compete for one router in every odd layer of a dense model: {task: [share that won or None]}.
 
     The routers learn for `steps` steps from the sum of weights[task] x cross-entropy, the model is frozen; then the
     shares of `counted` more batches are counted. batches() -> {task: Batch} of fresh samples. None: an even layer.
     ValueError for a model that is not dense, or of one layer.
     """
     if any(keep < 1 for row in model.plan.keep.values() for keep in row) or model.config.n_layer < 2:
-        raise ValueError(f"competition: a dense model of two layers or more is needed, this one's plan is\n{model.plan}")
+        raise ValueError(f"competition: a dense model of two layers or more is needed, this one has\n{model.plan}")
     device = next(model.parameters()).device
     routers = {layer: TaskRouter(model.config.d_model, 0, ()).to(device) for layer in range(1, model.config.n_layer, 2)}
     parameters = [p for router in routers.values() for p in router.parameters()]
     optimizer, won = torch.optim.Adam(parameters, lr), []
     for step in progress(range(steps + counted)):
         with evaluating(model):
-            losses, shares = compete(model, routers, {task: batch.to(device) for task, batch in batches().items()}, share)
+            drawn = {task: batch.to(device) for task, batch in batches().items()}
+            losses, shares = compete(model, routers, drawn, share)
         if step < steps:
             total = sum(weights[task] * loss for task, loss in losses.items())
             for p, gradient in zip(parameters, torch.autograd.grad(total, parameters)):
@@ -89,7 +90,7 @@ def competition(model: UnifiedTransformer, batches, steps: int, weights: dict, s
 
 
 def compete(model: UnifiedTransformer, routers: dict, batches: dict, share: float) -> tuple[dict, dict]:
-    """One forward of all tasks side by side: {task: cross-entropy}, {(task, layer): share of its valid tokens that won}.
+    """One forward of all tasks side by side: {task: cross-entropy}, {(task, layer): share of its tokens that won}.
 
         s_i = r(x_i) + log(u / (1 - u)),  u ~ U(0, 1)            the noise of a binary Gumbel-softmax
         m_i = 1 for the `share` of all tasks' valid tokens with the largest s, else 0; its gradient: that of

@@ -25,7 +25,7 @@ from .transformer import Context, UnifiedTransformer, attend
 
 # not cuDNN's attention: it plans anew for every shape, and behind a cache no two steps have the same
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-BY_ROW = ("cpu",)   # devices on which ragged rows are decoded one after the other; elsewhere they are copied side by side
+BY_ROW = ("cpu",)   # devices on which ragged rows are decoded one after the other; elsewhere they are put side by side
 
 
 class LayerCache:
@@ -101,8 +101,8 @@ class LayerCache:
     def reserve(self, n: int, k: Tensor, v: Tensor) -> None:
         """Make room for n slots a row: the plan's capacity at first, half as much again whenever a row needs more."""
         if self.k is not None and self.k.dtype != k.dtype:
-            raise ValueError(f"this cache holds {self.k.dtype}, the new keys are {k.dtype}: feed all chunks under the same "
-                             "autocast")
+            raise ValueError(f"this cache holds {self.k.dtype}, the new keys are {k.dtype}: feed all chunks under the "
+                             "same autocast")
         if self.k is not None and n <= self.n_slot:
             return
         old, batch = (self.k, self.v, self.positions), len(self.counts)
@@ -139,6 +139,20 @@ class Cache:
         self.n_valid = torch.zeros(batch, 1, dtype=torch.long, device=device)      # valid tokens so far
         self.n_image = torch.zeros_like(self.n_valid)                              # image tokens so far
         self.last_span = None                                                      # (B,) span of the last valid token
+
+    def check(self, model: UnifiedTransformer, ids: Tensor, task: str, positions: Tensor | None, routing: str) -> None:
+        """ValueError when a call does not fit what the cache holds."""
+        if routing != "causal":
+            raise ValueError('a cache needs routing="causal": top-k over a sequence changes when it grows')
+        if self.model is not model:
+            raise ValueError("this cache was made for another model: make a new one, Cache(model, task, batch, length)")
+        if (self.task, self.batch) != (task, len(ids)):
+            raise ValueError(f"this cache is for {self.batch} rows of {self.task!r}, got {len(ids)} of {task!r}: make "
+                             "a new one")
+        if positions is not None:
+            raise ValueError("positions are counted by the cache: leave them out")
+        if (length := self.length + ids.shape[1]) > self.max_length:
+            raise ValueError(f"{length} tokens, but this cache was made for {self.max_length}")
 
     def begin(self, context: Context) -> None:
         """Before the first layer: the (row, column) of all valid tokens, which dense layers route.

@@ -97,7 +97,7 @@ def random_state() -> dict:
 def save(folder: Path, step: int, tensors: dict, facts: dict, ranks: Ranks) -> Path:
     """Write one checkpoint and return its path; all ranks call it. One that is there already is left as it is."""
     path, part = folder / f"step-{step:08d}", folder / f"step-{step:08d}.tmp"
-    if from_first(lambda: broken(path) is None):           # one rank looks: a shared disk may show others an older state
+    if from_first(lambda: broken(path) is None):           # one rank looks: a shared disk may show others an older one
         return path
     if ranks.first:
         discard(path)                                      # one of this step that was cut short
@@ -199,7 +199,7 @@ def refuse_another(path: Path, then: dict, now: dict, free: set) -> dict:
 
 
 def read(path: Path, tensors: dict, alone: bool = False) -> None:
-    """Fill `tensors` in place: all ranks together, or `alone`. ValueError names the checkpoint when it does not hold them."""
+    """Fill `tensors` in place: all ranks together, or `alone`. ValueError names a checkpoint that lacks some."""
     try:
         collectively(dcp.load, tensors, path, alone)
     except Exception as error:

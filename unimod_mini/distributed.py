@@ -166,7 +166,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def whole(tensors: dict, here: bool = True) -> dict:
-    """{name: a copy on the CPU} with every sharded tensor gathered; every rank must call it, `here` says who keeps them."""
+    """{name: a copy on the CPU}, sharded tensors gathered; every rank must call it, `here` says who keeps them."""
     out = {}
     for name, tensor in tensors.items():
         full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()

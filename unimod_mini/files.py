@@ -6,7 +6,7 @@ import os
 
 @contextlib.contextmanager
 def whole_file(path, mode: str = "w", **options):
-    """A file that is opened as `path`.tmp and takes its own name when all is written; text is UTF-8. options: of open."""
+    """A file that is opened as `path`.tmp and takes its name when all is written; text is UTF-8. options: of open."""
     text = {} if "b" in mode else {"encoding": "utf-8", "errors": "backslashreplace"}
     with open(f"{path}.tmp", mode, **text, **options) as file:
         yield file

@@ -98,7 +98,8 @@ def count_flops(config: ModelConfig, plan: Plan | None, task: str, length: int, 
     ValueError for an unknown mode, a task that the plan lacks, a plan of another depth, a length below 1.
     """
     if mode not in ("forward", "train") or length < 1 or length != int(length):
-        raise ValueError(f'count_flops: mode must be "forward" or "train" and length an integer >= 1, got {mode!r}, {length}')
+        raise ValueError('count_flops: mode must be "forward" or "train" and length an integer >= 1, got '
+                         f"{mode!r}, {length}")
     length = int(length)                                   # numpy's would overflow
     plan = Plan.dense(config.n_layer, (task,)) if plan is None else plan
     if task not in plan.tasks or plan.n_layer != config.n_layer:
@@ -141,7 +142,7 @@ def flops_ratio(config: ModelConfig, plan: Plan, lengths: dict, mode: str = "tra
 
 
 def bisect(cost, target: float, low: float, high: float) -> float:
-    """The largest x of [low, high] with cost(x) <= target, cost ascending, to 2^-50 of the interval; low if there is none."""
+    """The largest x of [low, high] with cost(x) <= target, cost ascending, to 2^-50 of the interval; low if none."""
     for _ in range(50):
         middle = (low + high) / 2
         low, high = (middle, high) if cost(middle) <= target else (low, middle)

@@ -1,7 +1,7 @@
 """Answers and pictures from a trained model.
 
     python -m unimod_mini.generate --checkpoint out/toy/checkpoint.pt --prompt "two red rings"
-    python -m unimod_mini.generate --checkpoint out/toy/checkpoint.pt --image drawn.png --question "describe ?" --explain
+    python -m unimod_mini.generate --checkpoint out/toy/checkpoint.pt --image drawn.png --question "describe ?"
 
 routing="causal": what is generated token by token is routed by the predictors and decoded with a key/value cache.
 routing="topk":   every step runs top-k again over the whole prefix (a picture's with the capacity that its finished
@@ -32,9 +32,9 @@ def check_tokenizer(model: UnifiedTransformer, tokenizer: Tokenizer) -> None:
     config = model.config
     theirs = tokenizer.backbone, tokenizer.image_start
     if theirs != (config.backbone, config.image_start) or tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(f"the tokenizer is of another model: {tokenizer.backbone}, image codes from {tokenizer.image_start}, "
-                         f"{tokenizer.vocab_size} ids; the model: {config.backbone}, from {config.image_start}, "
-                         f"{config.vocab_size}. Use the one that the model was trained with")
+        raise ValueError(f"the tokenizer is of another model: {tokenizer.backbone}, image codes from "
+                         f"{tokenizer.image_start}, {tokenizer.vocab_size} ids; the model: {config.backbone}, from "
+                         f"{config.image_start}, {config.vocab_size}. Use the one that the model was trained with")
 
 
 class Decoder:
@@ -99,7 +99,8 @@ def check_sampling(temperature: float, top_k: int | None = None, top_p: float = 
     if not 0 <= guidance < math.inf:
         raise ValueError(f"guidance must be finite and >= 0, got {guidance}")
     if not 0 <= temperature < math.inf or not 0 < top_p <= 1 or (top_k is not None and top_k < 1):
-        raise ValueError(f"temperature must be finite and >= 0, top_k >= 1 and top_p in (0, 1], got {temperature}, {top_k}, {top_p}")
+        raise ValueError("temperature must be finite and >= 0, top_k >= 1 and top_p in (0, 1], got "
+                         f"{temperature}, {top_k}, {top_p}")
 
 
 @inference
@@ -108,8 +109,8 @@ def generate_text(model: UnifiedTransformer, tokenizer: Tokenizer, image: Tensor
                   top_p: float = 1.0, stop: tuple = ()):
     """Answer questions on pictures, free-running.
 
-    image: uint8 pixels (H, W, 3) or long codes (h, w) with a str, a batch of either with a list of str. Returns a str, or
-    a list of them. Codes that are known need not be decoded: a VQ may code its own picture otherwise. An answer ends
+    image: uint8 pixels (H, W, 3) or long codes (h, w) with a str, a batch of either with a list of str. Returns a str,
+    or a list of them. Codes that are known need not be decoded: a VQ may code its own picture otherwise. An answer ends
     before the tokenizer's eot, any id of `stop`, after max_tokens (default: the tokenizer's text budget), or at the
     model's max_length.
     """
@@ -131,7 +132,8 @@ def generate_text(model: UnifiedTransformer, tokenizer: Tokenizer, image: Tensor
     room = model.config.max_length - ids.shape[1] + 1                        # the last token is never fed back
     if steps < 1 or room < 1:
         raise ValueError(f"generate_text: {ids.shape[1]} tokens of prompt and {steps} to write, but max_length is "
-                         f"{model.config.max_length}: ask for at least one token, shorten the question or raise max_length")
+                         f"{model.config.max_length}: ask for at least one token, shorten the question or raise "
+                         "max_length")
     steps, stops = min(steps, room), torch.tensor([tokenizer.eot, *stop], device=device)
     decode = Decoder(model, "mmu", routing, len(ids), ids.shape[1] + steps)
     generator, done = torch.Generator().manual_seed(seed), torch.zeros(len(ids), dtype=torch.bool, device=device)
@@ -258,7 +260,7 @@ def parallel_model(model, batch, routing: str, n: int):
 
 def parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser("python -m unimod_mini.generate", description="Draw a prompt or answer a question.")
-    out.add_argument("--checkpoint", required=True, help="OUT/checkpoint.pt of train_toy.py, or OUT/model.pt of train_full.py")
+    out.add_argument("--checkpoint", required=True, help="checkpoint.pt of train_toy.py, or model.pt of train_full.py")
     out.add_argument("--prompt", help="draw this, in the terminal and as a PNG")
     out.add_argument("--image", help="a picture file to answer --question on")
     out.add_argument("--question", help='such as "what color is the ring ?"')

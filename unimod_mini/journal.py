@@ -116,7 +116,8 @@ def figures(run, counts: dict, lengths: dict, losses, norm, seconds: float, worl
 def line(row: dict, steps: int) -> str:
     """A row of training as one line of the terminal."""
     losses = "  ".join(f"{task} {row[f'loss_{task}']:.4f}"
-                       + (f" (+{row[f'predictor_{task}']:.3f})" if row[f"predictor_{task}"] else "") for task in row["kept"])
+                       + (f" (+{row[f'predictor_{task}']:.3f})" if row[f"predictor_{task}"] else "")
+                       for task in row["kept"])
     kept = " ".join(f"{task} {share:.0%}" for task, share in row["kept"].items())
     mfu = "n/a" if row["mfu"] is None else f"{row['mfu']:.1%} (dense-equivalent {row['mfu_dense_equivalent']:.1%})"
     left = time.strftime("%H:%M:%S", time.gmtime(row["seconds_left"] % 86400))

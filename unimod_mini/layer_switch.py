@@ -76,8 +76,10 @@ def arank_table(model, batches_by_task: dict, measure: str = "energy", tolerance
 
 def show_table(table: dict) -> str:
     """What arank_table found, a line a layer."""
-    lines = [f"{layer:>5}  " + "".join(f"{rank:>8.3f}" for rank in row) for layer, row in enumerate(zip(*table.values()))]
-    return "\n".join(["layer  " + "".join(f"{task:>8}" for task in table), *lines])
+    lines = ["layer  " + "".join(f"{task:>8}" for task in table)]
+    for layer, row in enumerate(zip(*table.values())):
+        lines.append(f"{layer:>5}  " + "".join(f"{rank:>8.3f}" for rank in row))
+    return "\n".join(lines)
 
 
 SOFTNESS = 0.02   # a layer goes from keep 1 to keep rho while the threshold rises by this much of its task's mean rho
@@ -143,7 +145,7 @@ def plan_for_budget(method: str, table: dict, config: ModelConfig, lengths: dict
         raise ValueError(f"unknown method {method!r}, the methods are {', '.join(METHODS)}")
     if method == "unimod":
         return plan_from_arank(table, config, lengths, budget, counts)
-    if method == "mod":                                    # near keep 1 a router costs more than it saves: all are tried
+    if method == "mod":                                    # near keep 1 a router costs more than it saves: try all
         cost = lambda k: flops_ratio(config, Plan.mod(depth, tasks, k / 1000), lengths, "train", counts)
         return Plan.mod(depth, tasks, max((k for k in range(1001) if cost(k) <= budget), default=0) / 1000)
     return BASELINES[method](depth, tasks)

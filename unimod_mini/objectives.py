@@ -90,9 +90,9 @@ def token_counts(batch: Batch) -> tuple[int, int]:
 class Objective(nn.Module):
     """The losses of every task in one forward, so that one backward (and one exchange of gradients) holds all tasks.
 
-    forward({task: Batch}, {task: (a, b)}, step) -> loss, a scalar, and {task: (a x task loss, b x predictor loss), (2,)}
+    forward({task: Batch}, {task: (a, b)}, step) -> loss, a scalar, and {task: (a x task loss, b x predictor loss)}
     without gradient. a and b: this batch's part of the labelled and of the valid tokens of a whole step. The means over
-    the step are then plain sums over micro-batches and ranks, however the tokens are spread over them. step: its number,
+    the step are then plain sums over micro-batches and ranks, however the tokens are spread. step: its number,
     for training_rule.
     """
 

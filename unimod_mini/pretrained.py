@@ -195,7 +195,7 @@ def tensors(file: Path):
     except (FileNotFoundError, ImportError):
         raise
     except Exception as error:                             # torch's own text advises to load it unsafely
-        raise ValueError(f"{file} is not a whole file of plain tensors (nor is a pointer of git-lfs, or a .bin from before "
+        raise ValueError(f"{file} is not a whole file of plain tensors (nor is a git-lfs pointer, or a .bin from before "
                          "torch 1.6)") from error
 
 
@@ -224,7 +224,7 @@ def load_pretrained(path, dtype: torch.dtype | None = None) -> UnifiedTransforme
     """A folder, of Hugging Face or of save_pretrained -> the model, on the CPU, dense unless the folder has a plan.
 
     In eval mode. dtype None keeps the file's: float32 or bfloat16 to train, not float16. The weights are the file's own
-    pages, never in memory twice. FileNotFoundError for what is not there, ValueError for what does not fit or is refused.
+    pages, never in memory twice. FileNotFoundError for what is not there, ValueError for what is refused.
     """
     folder, plan = Path(path), None
     if not folder.is_dir():

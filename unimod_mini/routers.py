@@ -204,8 +204,8 @@ def slots(selected: Tensor, n_slot: int) -> tuple[Tensor, Tensor]:
 def select_topk(scores: Tensor, keep: float, valid: Tensor | None = None, order: Tensor | None = None, coming: int = 0):
     """The k_b best tokens of every row: (indices (B, K), live (B, K) or None, selected (B, T)).
 
-    Exactly k_b a row, whatever the ties; padding is never selected. scores: (B, T), any float dtype. coming: tokens that
-    the finished rows will have behind these: k_b counts them, so that what they will keep of these is kept already.
+    Exactly k_b a row, whatever the ties; padding is never selected. scores: (B, T), any float dtype. coming: tokens
+    that the finished rows will have behind these: k_b counts them, so that what they will keep is kept already.
     """
     batch, length = scores.shape
     order = tie_order(batch, length, valid, scores.device) if order is None else order
@@ -216,7 +216,8 @@ def select_topk(scores: Tensor, keep: float, valid: Tensor | None = None, order:
     k = row_capacity(keep, valid, coming)                                                 # (B, 1)
     if coming:
         k = torch.minimum(k, valid.sum(1, keepdim=True))
-    ranked = best_first(scores.detach().masked_fill(~valid, -torch.inf), order)   # padding: the worst, and the last of ties
+    # padding is the worst, and the last of all ties
+    ranked = best_first(scores.detach().masked_fill(~valid, -torch.inf), order)
     live = (torch.arange(length, device=scores.device) < k).expand(batch, length)
     selected = torch.empty_like(live).scatter_(1, ranked, live)
     return partition(selected)[:, :n_slot], live[:, :n_slot], selected
@@ -254,16 +255,16 @@ class TaskRouter(nn.Module):
             self.register_buffer(f"threshold_{task}", torch.zeros(()))
 
     def router_scores(self, x: Tensor) -> Tensor:
-        """x (B, T, D) -> r = R(x) (B, T), float32 or better, also under autocast: bf16 scores would tie by the dozen."""
+        """x (B, T, D) -> r = R(x) (B, T), float32 or better, also under autocast: bf16 scores tie by the dozen."""
         dtype = torch.promote_types(self.score.weight.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.to(dtype), self.score.weight.to(dtype), self.score.bias.to(dtype)).squeeze(-1)
 
     def forward(self, x: Tensor, task: str, keep: float, context, rule: str, before=None) -> Routing:
-        """x (B, T, D) -> Routing. rule: "topk" and "predicted" look at the whole sequence and take the best k by score or
-        by predictor, "causal" decides token by token.
+        """x (B, T, D) -> Routing. rule: "topk" and "predicted" look at the whole sequence and take the best k by score
+        or by predictor, "causal" decides token by token.
 
-        before: behind a cache, how many tokens earlier chunks had, (B, 1), and how many of those this layer kept, a list.
+        before: behind a cache, how many tokens earlier chunks had, (B, 1), and a list of how many this layer kept.
         """
         scores = self.router_scores(x)                                        # r = R_t(x)               (B, T)
         # stop-gradient: the predictor's loss never moves the model                                      (B, T)
@@ -303,14 +304,14 @@ class TaskRouter(nn.Module):
             image = number == n
             earlier = image.cumsum(1) == 0
             kept = kept_before + (selected & earlier).sum(1, keepdim=True)
-            budget = row_capacity(keep, valid & (earlier | image), n_before) - kept         # none is left when it is negative
+            budget = row_capacity(keep, valid & (earlier | image), n_before) - kept       # negative: none is left
             rank = descending_rank(scores, context.order, image)
             selected = (selected & ~image) | (image & (rank < budget))
         return selected
 
 
 def predictor_loss(routing: Routing, valid: Tensor | None) -> Tensor:
-    """Binary cross-entropy of the membership logits against membership in the top k, mean over valid tokens: a scalar."""
+    """Binary cross-entropy of the membership logits against membership in the top k, mean over valid tokens."""
     loss = F.binary_cross_entropy_with_logits(routing.predictor.float(), routing.topk.float(), reduction="none")
     return loss.mean() if valid is None else (loss * valid).sum() / valid.sum().clamp(min=1)
 
@@ -326,8 +327,9 @@ def gather_tokens(x: Tensor, places: Tensor) -> Tensor:
 
 
 def add_tokens(x: Tensor, places: Tensor, update: Tensor) -> Tensor:
-    """x_i <- x_i + update_i for the picked tokens, x_i <- x_i for the others. x (B, T, D), places (B, K), update (B, K, D).
+    """x_i <- x_i + update_i for the picked tokens, x_i <- x_i for the others.
 
+    x (B, T, D), places (B, K), update (B, K, D) -> (B, T, D)
     scatter_add keeps the places alone for the backward pass, one number a row (index_add would keep the update too).
     """
     width = x.shape[-1]

@@ -155,7 +155,7 @@ class Run:
         return named_tensors(self.model, self.optimizers, average=self.average, count={"skipped": self.skipped})
 
     def bare(self, average: bool, here: bool = True) -> UnifiedTransformer | None:
-        """A copy of the (averaged) model without wrappers, on the CPU. All ranks call it, those that want it `here` get it."""
+        """A copy of the (averaged) model without wrappers, on the CPU. All ranks call it, those with `here` get it."""
         with self.averaged() if average else nullcontext():
             weights = whole(self.model.state_dict(), here)
         if not here:
@@ -175,7 +175,8 @@ def prepare(model, config) -> None:
     if config.compile:
         # a graph for each task, block kind and length, with and without gradients; FSDP's blocks share one limit
         limits, graphs = torch._dynamo.config, 64 + 8 * len(model.blocks)
-        limits.recompile_limit, limits.accumulated_recompile_limit = graphs, max(graphs, limits.accumulated_recompile_limit)
+        limits.recompile_limit = graphs
+        limits.accumulated_recompile_limit = max(graphs, limits.accumulated_recompile_limit)
         for module in model.blocks if config.parallel == "fsdp" else [model]:
             module.compile(dynamic=False)
 

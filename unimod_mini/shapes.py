@@ -37,8 +37,8 @@ PLACES = {2: ("top-left", "top-right", "bottom-left", "bottom-right"),
           3: ("top-left", "top", "top-right", "left", "center", "right", "bottom-left", "bottom", "bottom-right")}
 T2I_CATEGORIES = ("one_object", "two_objects", "counting", "colors", "place", "binding", "scene")
 MMU_CATEGORIES = ("color", "shape", "place", "count", "existence", "caption")
-# What training draws and asks: the slowest to learn more often, and captions, which say most about a picture. No question
-# gives a later one of its dialogue away ("where is the red ring ?" would say that there is one).
+# What training draws and asks: the slowest to learn more often, and captions, which say most about a picture. No
+# question gives a later one of its dialogue away ("where is the red ring ?" would say that there is one).
 DRAWN = (*T2I_CATEGORIES, "binding", "binding", "scene")
 DIALOGUES = (("existence", "count"), ("count", "color"), ("caption",), ("place", "count"), ("existence", "count"),
              ("color", "place"), ("caption",), ("existence", "count"), ("count", "place"), ("shape", "color"),

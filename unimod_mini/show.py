@@ -83,7 +83,7 @@ def read_png(path, height: int, width: int) -> Tensor:
         raise ValueError(f"{path} cannot be read as a picture: {error}") from error
     k = max(1, size[0] // width)
     if size != (k * width, k * height):
-        raise ValueError(f"{path} has {size[0]}x{size[1]} pixels, this model sees {width}x{height} or a whole multiple of "
+        raise ValueError(f"{path} has {size[0]}x{size[1]} pixels, this model sees {width}x{height} or a multiple of "
                          "it: crop or resize the picture")
     pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(size[1], size[0], 3)
     return pixels[k // 2::k, k // 2::k].contiguous()

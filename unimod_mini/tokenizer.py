@@ -64,7 +64,7 @@ class Palette:
         if len(shape) != 4 or 0 in shape or shape[1] != shape[2] or shape[3] != 3:
             raise ValueError(f"Palette: patches must be (n, p, p, 3), got {tuple(shape)}")
         if (self.patches != torch.as_tensor(patches)).any():
-            raise ValueError("Palette: patches must be whole numbers from 0 to 255: multiply shares by 255 and round them")
+            raise ValueError("Palette: patches must be whole numbers from 0 to 255: multiply shares by 255 and round")
         self.n_codes, self.patch = shape[:2]
 
     def encode(self, images: Tensor) -> Tensor:
@@ -300,7 +300,8 @@ class Tokenizer:
                 ask = [] if number == 0 else self.question_ids(q)
                 reply = [*self.text.encode(a), self.eot]
                 row, labels = row + ask + reply, labels + [IGNORE] * len(ask) + reply
-            self.fit_text(row[self.mmu_overhead():], self.text_length, " ".join(word for turn in turns for word in turn))
+            said = " ".join(text for turn in turns for text in turn)
+            self.fit_text(row[self.mmu_overhead():], self.text_length, said)
             rows.append(row), answered.append(labels)
         length = self.length("mmu")
         ids, valid = self.pad_rows(rows, length)

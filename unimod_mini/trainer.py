@@ -16,7 +16,7 @@ from .transformer import ModelConfig, UnifiedTransformer, inference
 
 
 def find_device(name: str | None = None) -> torch.device:
-    """The named device, else CUDA, Apple's MPS or the CPU, whichever is there first. ValueError when it is not there."""
+    """The named device, else CUDA, Apple's MPS or the CPU, whichever is there. ValueError when it is not there."""
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     kind = name.split(":")[0] if name else next(kind for kind, there in here.items() if there)
     try:
@@ -49,7 +49,7 @@ def orthogonal(matrices: torch.Tensor, rounds: int = 5) -> torch.Tensor:
     """(n, r, c) -> (n, r, c): every matrix with its singular values moved near 1 (between 0.7 and 1.2).
 
     Newton-Schulz, X <- a X + (b A + c A^2) X with A = X X^T, from X / |X|, and the coefficients of Muon (Jordan et al.
-    2024, github.com/KellerJordan/Muon). bf16 on CUDA, float32 elsewhere: CPUs without bf16 need 30 times as long for it.
+    2024, github.com/KellerJordan/Muon). bf16 on CUDA, float32 elsewhere: CPUs without bf16 take 30 times as long.
     """
     wide = matrices.shape[1] <= matrices.shape[2]
     x = (matrices if wide else matrices.mT).to(torch.bfloat16 if matrices.is_cuda else torch.float32)
@@ -119,7 +119,7 @@ def learning_rate(step: int, steps: int, warmup: int = 20, decay: float = 0.0) -
 
 
 def clip_gradients(model: nn.Module, limit: float) -> torch.Tensor:
-    """Clips the gradient to the norm `limit` in place. Returns the norm before, (), not finite when any gradient is not.
+    """Clips the gradient to the norm `limit` in place. Returns the norm before, not finite when any gradient is not.
 
     Predictors are left out of it: in one norm with the others, their loss would scale the model's gradient.
     """
@@ -136,7 +136,8 @@ def train_step(model, optimizers, batches: dict, step: int, factor: float, weigh
 
     step: its number, for objectives.training_rule; factor: of the peak rates; weights: {task: its loss's}.
     """
-    losses = {task: task_losses(model, batch, task, training_rule(step, batch, task)) for task, batch in batches.items()}
+    losses = {task: task_losses(model, batch, task, training_rule(step, batch, task))
+              for task, batch in batches.items()}
     total = sum(weights[task] * loss.task + loss.predictor for task, loss in losses.items())
     total.backward()
     clip_gradients(model, 1.0)
@@ -171,8 +172,8 @@ def decisions(model: UnifiedTransformer, batch, task: str, rule: str) -> tuple[l
         part = type(batch)(*(None if t is None else t[start:start + rows] for t in batch))
         pieces.append(model(**part.inputs(), task=task, routing=rule).routing)
     layers = [None if layer[0] is None else layer for layer in zip(*pieces)]
-    return tuple([None if layer is None else torch.cat([getattr(routing, name) for routing in layer]) for layer in layers]
-                 for name in ("predictor", "selected"))
+    return tuple([None if layer is None else torch.cat([getattr(routing, name) for routing in layer])
+                  for layer in layers] for name in ("predictor", "selected"))
 
 
 @inference

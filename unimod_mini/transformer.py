@@ -61,8 +61,8 @@ class ModelConfig:
             raise ValueError(f"ModelConfig: n_head={self.n_head} must divide d_model={self.d_model} and be a multiple "
                              f"of n_kv_head={self.n_kv_head}")
         if self.image_positions < 0 or self.predictor_width < 0 or self.rope_theta <= 0:
-            raise ValueError("ModelConfig: image_positions and predictor_width must be at least 0 and rope_theta above 0, got "
-                             f"{self.image_positions}, {self.predictor_width}, {self.rope_theta}")
+            raise ValueError("ModelConfig: image_positions and predictor_width must be at least 0 and rope_theta above "
+                             f"0, got {self.image_positions}, {self.predictor_width}, {self.rope_theta}")
         if self.rope_dims % 2:
             raise ValueError(f"ModelConfig: {self.rope_dims} rotated dims a head, an even number is needed")
 
@@ -433,24 +433,15 @@ class UnifiedTransformer(nn.Module):
             raise ValueError(f"unknown task {task!r}: this model's plan knows {', '.join(self.plan.tasks)}")
         if routing not in ("topk", "predicted", "causal"):
             raise ValueError(f'routing must be "topk", "predicted" or "causal", got {routing!r}')
-        if cache is not None and routing != "causal":
-            raise ValueError('a cache needs routing="causal": top-k over a sequence changes when it grows')
         if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.numel() == 0 or ids.dtype != torch.long:
             given = f"{tuple(ids.shape)} {ids.dtype}" if isinstance(ids, Tensor) else f"a {type(ids).__name__}"
             raise ValueError(f"ids must be (B, T) long with B, T >= 1, got {given}")
-        if cache is not None and cache.model is not self:
-            raise ValueError("this cache was made for another model: make a new one, Cache(model, task, batch, max_length)")
-        if cache is not None and (cache.task, cache.batch) != (task, len(ids)):
-            raise ValueError(f"this cache is for {cache.batch} rows of {cache.task!r}, got {len(ids)} of {task!r}: make a "
-                             "new one")
-        if cache is not None and positions is not None:
-            raise ValueError("positions are counted by the cache: leave them out")
+        if cache is not None:
+            cache.check(self, ids, task, positions, routing)
         length = ids.shape[1] + (0 if cache is None else cache.length)
         if length > self.config.max_length:
             raise ValueError(f"{length} tokens, but max_length is {self.config.max_length}: shorten the sequence or "
                              "raise max_length in the config")
-        if cache is not None and length > cache.max_length:
-            raise ValueError(f"{length} tokens, but this cache was made for {cache.max_length}")
         for name, tensor in (("positions", positions), ("spans", spans), ("valid", valid)):
             if tensor is not None and tensor.shape != ids.shape:
                 raise ValueError(f"{name} must have the shape of ids {tuple(ids.shape)}, got {tuple(tensor.shape)}")
