@@ -240,9 +240,26 @@ def test_a_low_budget_scales_all_keeps():
     assert 0.39 <= ratio(CONFIG["showo"], plan, LENGTHS) <= 0.4
 
 
-@given(tables(), st.sampled_from(BUDGETS), st.permutations(range(8)))
+@given(tables(), st.floats(0.02, 0.99))
+def test_a_first_layer_that_stands_out_stays_dense_while_the_others_can_pay(table, budget):
+    """With the highest rank of its task, relative to all others, it is touched only when nothing else is left."""
+    config = CONFIG["emu3"]
+    table = {task: [1.0, *(0.5 * rho for rho in row[1:])] for task, row in table.items()}
+    relative = {task: [8 * rho / sum(row) for rho in row] for task, row in table.items()}
+    gap = min(row[0] for row in relative.values()) - max(max(row[1:]) for row in relative.values())
+    if budget <= switch.least_cost(config, LENGTHS) or gap < 2 * switch.SOFTNESS:
+        return
+    plan = switch.plan_from_arank(table, config, LENGTHS, budget)
+    alone = ratio(config, Plan(dict.fromkeys(LENGTHS, (1.0, *[0.0] * 7))), LENGTHS)
+    for keeps in plan.keep.values():
+        assert keeps[0] == 1.0 or (not any(keeps[1:]) and budget < alone)
+    assert budget - 0.015 <= ratio(config, plan, LENGTHS) <= budget
+
+
+@given(tables(), st.sampled_from(BUDGETS), st.permutations(range(1, 8)))
 def test_permuting_the_table_permutes_the_plan(table, budget, order):
-    """The plan depends on the ranks, not on where in the stack a layer stands."""
+    """The plan depends on the ranks, not on where in the stack a layer stands, the first one apart."""
+    order = [0, *order]
     plan = switch.plan_from_arank(table, CONFIG["emu3"], LENGTHS, budget)
     permuted = switch.plan_from_arank({task: [row[i] for i in order] for task, row in table.items()}, CONFIG["emu3"],
                                       LENGTHS, budget)

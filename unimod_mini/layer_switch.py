@@ -10,6 +10,8 @@ sequence length it is rho in (0, 1]. High: little redundancy. Low: prune here. T
 So ARank decides which layers become which kind and, as in the paper, ARank over length is the keep ratio. Comparing a
 layer with its own task's mean keeps one task from paying for all. Should even rho everywhere cost too much, every keep
 is scaled down together. One number u moves through all of it, and bisection finds the largest plan within the budget.
+Departure: a first layer that is less redundant than all the others stays dense, and they are scaled down instead.
+Plans that routed the first layer lost most of their accuracy (docs/results.md).
 
 What counts as rank: with "energy" (the default) the number of singular values that hold 90 % of sum s^2; with "rank"
 the number above a tolerance times the largest. A numerical rank is mostly a choice of tolerance: at float32's own it is
@@ -86,14 +88,16 @@ SOFTNESS = 0.02   # a layer goes from keep 1 to keep rho while the threshold ris
 
 
 def switched(table: dict, u: float) -> Plan:
-    """The plan at u: 0 = dense, 1 = every layer at keep rho, 2 = nothing left. Keeps in thousandths, rounded down."""
+    """The plan at u: 0 = dense, 1 = every layer at keep rho, a first one that stands out apart, 2 = that one alone,
+    3 = nothing left. Keeps in thousandths, rounded down."""
     relative = {task: [rho * len(row) / sum(row) for rho in row] for task, row in table.items()}
-    low, high = min(map(min, relative.values())), max(map(max, relative.values())) + SOFTNESS
-    threshold, scale = low + min(u, 1.0) * (high - low), min(1.0, 2.0 - u)
+    low = min(map(min, relative.values()))
+    high = max((place for row in relative.values() for place in row[1:]), default=low) + SOFTNESS
+    threshold, scale, last = low + min(u, 1.0) * (high - low), min(1.0, max(0.0, 2.0 - u)), min(1.0, 3.0 - u)
 
     def keep(rho: float, place: float) -> float:
         depth = min(1.0, max(0.0, (threshold - place) / SOFTNESS))          # 0 = not switched, 1 = switched
-        return int(1000 * scale * (1 - depth * (1 - rho))) / 1000
+        return int(1000 * last * (1 - depth * (1 - scale * rho))) / 1000
 
     return Plan({task: tuple(map(keep, row, relative[task])) for task, row in table.items()})
 
@@ -116,8 +120,8 @@ def plan_from_arank(table: dict, config: ModelConfig, lengths: dict, budget: flo
         raise ValueError(f"plan_from_arank: no plan reaches {budget} of the dense FLOPs, the head alone costs more")
     if budget == 1.0:
         return switched(table, 0.0)
-    cost = lambda x: flops_ratio(config, switched(table, 2.0 - x), lengths, "train", counts)
-    return switched(table, 2.0 - bisect(cost, budget, 0.0, 2.0))
+    cost = lambda x: flops_ratio(config, switched(table, 3.0 - x), lengths, "train", counts)
+    return switched(table, 3.0 - bisect(cost, budget, 0.0, 3.0))
 
 
 def layer_switch(model: UnifiedTransformer, batches_by_task: dict, budget: float = 0.85, measure: str = "energy",
