@@ -195,8 +195,8 @@ def tensors(file: Path):
     except (FileNotFoundError, ImportError):
         raise
     except Exception as error:                             # torch's own text advises to load it unsafely
-        raise ValueError(f"{file} is not a whole file of plain tensors (nor is a git-lfs pointer or a .bin from before "
-                         "torch 1.6)") from error
+        raise ValueError(f"{file} is not a whole file of plain tensors (nor is a pointer of git-lfs, or a .bin from "
+                         "before torch 1.6)") from error
 
 
 def state_from(files: list, model: UnifiedTransformer, dtype) -> dict:
