@@ -26,7 +26,7 @@ from random import Random
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.choices import MEASURES, begin, cli, toy  # noqa: E402
+from benchmarks.choices import MEASURES, begin, cli, measured, toy  # noqa: E402
 from benchmarks.growth import COLORS, GAP, HIGH, LEFT, TOP, WIDE, Panel, round_steps, svg  # noqa: E402
 from unimod_mini import Plan, arank_table, calibrate, layer_switch, plan_from_arank  # noqa: E402
 from unimod_mini.analysis import attention_received, competition, layer_importance  # noqa: E402
@@ -171,8 +171,7 @@ def plans(world, tokenizer, data, dense, args, device) -> dict:
     def switch(counts: tuple, part: int, measure: str = MEASURES[0]) -> tuple[dict, dict]:
         """(ARank, keep ratios) from fresh samples; every part has its own."""
         samples = {task: batch.to(device) for task, batch in data(part, *counts)().items()}
-        kind, tolerance = measure.split()
-        table = arank_table(dense, samples, kind, float(tolerance))
+        table = measured(dense, samples, measure)
         return table, plan_from_arank(table, dense.config, lengths, budget).keep
 
     rows = []

@@ -98,19 +98,20 @@ def main() -> None:
           "agreement: of membership with top-k\n" + f"{args.field:<12}" + "".join(f"{name:>12}" for name in NAMES), flush=True)
     for choice in wanted:
         toy.seed_everything(args.seed)                     # a choice does not depend on those before it
-        if choice == "by loss":
-            own = by_loss(dense, table, samples)
-        elif choice in MEASURES:
-            measure, tolerance = choice.split()
-            own = arank_table(dense, samples, measure, float(tolerance))
-        else:
-            own = table
+        own = (by_loss(dense, table, samples) if choice == "by loss" else
+               measured(dense, samples, choice) if choice in MEASURES else table)
         plan, changes = variant(args.field, choice, own, dense.config, lengths, budget)
         model, fresh = dense.with_plan(plan, **changes), data(2, *sizes)
         toy.train(model, fresh, more, 0.7, device, choice, setting["weights"])
         values = [1 - flops_ratio(dense.config, plan, lengths, "train"),
                   *judge(model, fresh, world, args.scenes, args.seed, setting["drawing"], device)]
         print(f"{choice:<12}" + "".join(f"{value:>12.3f}" for value in values), flush=True)
+
+
+def measured(dense, samples: dict, choice: str) -> dict:
+    """arank_table by one of MEASURES."""
+    measure, tolerance = choice.split()
+    return arank_table(dense, samples, measure, float(tolerance))
 
 
 def by_loss(dense, table: dict, samples: dict) -> dict:
@@ -131,12 +132,12 @@ def even(config, lengths: dict, budget: float) -> Plan:
 
 def variant(field: str, choice: str, table: dict, config, lengths: dict, budget: float) -> tuple[Plan, dict]:
     """The plan of this choice, and what it changes in the config."""
+    if choice == "even":
+        return even(config, lengths, budget), {}
     method = choice if choice in METHODS else "unimod"
     if choice == "one plan":                               # ARank's mean over the tasks: nothing is task-aware
         table = dict.fromkeys(table, [sum(column) / len(column) for column in zip(*table.values())])
     plan = plan_for_budget(method, table, config, lengths, budget)
-    if choice == "even":
-        plan = even(config, lengths, budget)
     plan = Plan(plan.keep, plan.shared_router or choice in ("one router", "one plan"))
     return plan, {field: choice} if field in ("gate", "membership") else {}
 

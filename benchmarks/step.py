@@ -34,7 +34,7 @@ from unimod_mini.files import whole_file  # noqa: E402
 from unimod_mini.flops import bisect, peak_flops  # noqa: E402
 from unimod_mini.memory import activation_bytes  # noqa: E402
 from unimod_mini.routers import capacity  # noqa: E402
-from unimod_mini.trainer import find_device, precision, precision_name, seed_everything  # noqa: E402
+from unimod_mini.trainer import find_device, precision_name, seed_everything  # noqa: E402
 
 SAVINGS = (0.15, 0.40, 0.60)
 IMAGE = 1026 / 1408                # share of a Show-o sequence that is soi..eoi: 512 pixels, as it was trained

@@ -68,20 +68,20 @@ def read_and_judge(model, tokenizer, asked: list) -> list:
     return right
 
 
-def judge(model, world, tokenizer, scenes: int, seed: int) -> dict:
-    """{task: accuracy, "worst": {task: its worst category}} on unseen scenes."""
+def judge(model, world, small, tokenizer, scenes: int, seed: int) -> dict:
+    """{task: accuracy, "worst": {task: its worst category}} on unseen scenes; small: the world of the texts."""
     model.eval()
     rng = Random(f"evaluate {seed}")
     right = {"t2i": draw_and_judge(model, tokenizer, world, world.sample_t2i(scenes, rng)[0], **SETTING["drawing"]),
              "mmu": ask_and_judge(model, tokenizer, *world.sample_mmu(scenes, rng)),
-             "lm": read_and_judge(model, tokenizer, readings(replace(world, max_objects=2), scenes, rng))}
+             "lm": read_and_judge(model, tokenizer, readings(small, scenes, rng))}
     worst = {task: min((value, name) for name, value in by_category(rows).items()) for task, rows in right.items()}
     return {task: share(rows) for task, rows in right.items()} | {"worst": worst}
 
 
-def blind(world, scenes: int, seed: int) -> float:
+def blind(small, scenes: int, seed: int) -> float:
     """Accuracy in lm of the most frequent answer to each question, the scene unread."""
-    known, asked = ([(q.text, q.answer) for _, q in readings(replace(world, max_objects=2), n, Random(f"{name} {seed}"))]
+    known, asked = ([(q.text, q.answer) for _, q in readings(small, n, Random(f"{name} {seed}"))]
                     for name, n in (("blind", 4000), ("evaluate", scenes)))
     most = commonest_answers(known)
     return sum(most.get(text) == answer for text, answer in asked) / scenes
@@ -103,11 +103,12 @@ def main() -> None:
     plan = layer_switch(dense, samples, SETTING["budget"], counts=COUNTS)
     saved = 1 - flops_ratio(config, plan, {task: tokenizer.length(task) for task in COUNTS}, "train", COUNTS)
     print(f"{args.steps} dense steps of {COUNTS}, {saved:.1%} of a step's training FLOPs saved from then on\n{plan}", flush=True)
-    found, fresh = {"saved": saved, "keep": plan.keep, "blind lm": blind(world, args.scenes, args.seed)}, copy.deepcopy(sampler)
+    found, fresh = {"saved": saved, "keep": plan.keep}, copy.deepcopy(sampler)
+    found["blind lm"] = blind(sampler.small, args.scenes, args.seed)
     for label, model, data in (("dense", copy.deepcopy(dense), fresh), ("unimod", dense.with_plan(plan), sampler)):
         toy.train(model, data, args.steps // 2, 0.7, device, label, WEIGHTS)
         calibrate(model, {task: batch.to(device) for task, batch in data(128, 128, 128).items()})
-        found[label] = judge(model, world, tokenizer, args.scenes, args.seed)
+        found[label] = judge(model, world, sampler.small, tokenizer, args.scenes, args.seed)
         print(f"{label:<8}" + "".join(f"{task:>6} {found[label][task]:.1%}" for task in COUNTS)
               + "   worst: " + ", ".join(f"{task} {name} {value:.1%}" for task, (value, name) in found[label]["worst"].items()),
               flush=True)

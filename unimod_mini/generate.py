@@ -1,6 +1,6 @@
 """Answers and pictures from a trained model.
 
-    python -m unimod_mini.generate --checkpoint out/toy/checkpoint.pt --prompt "two red rings"
+    python -m unimod_mini.generate --checkpoint out/toy/checkpoint.pt --prompt "two red rings" --explain
     python -m unimod_mini.generate --checkpoint out/toy/checkpoint.pt --image drawn.png --question "describe ?"
 
 routing="causal": what is generated token by token is routed by the predictors and decoded with a key/value cache.
