@@ -25,7 +25,7 @@ from unimod_mini import (METHODS, ModelConfig, Plan, UnifiedTransformer, arank_t
 from unimod_mini.distributed import Ranks, from_first, join, sigterm
 from unimod_mini.flops import flops_ratio
 from unimod_mini.journal import Clock, Journal, figures, line, samples
-from unimod_mini.layer_switch import least_cost, show_table
+from unimod_mini.layer_switch import BY_ARANK, least_cost, show_table
 from unimod_mini.objectives import TASK_WEIGHTS
 from unimod_mini.routers import TASKS
 from unimod_mini.run import Run, share_out, to_device
@@ -212,7 +212,7 @@ def begin(job: Job) -> Run:
     plan = Plan(**facts["plan"]) if path else given
     if missing := [task for task in job.counts if plan and task not in plan.tasks]:
         raise ValueError(f"--plan {config.plan} has no row for {', '.join(missing)}: add it, or set --{missing[0]} 0")
-    if plan is None and config.dense < 1 and config.method == "unimod":
+    if plan is None and config.dense < 1 and config.method in BY_ARANK:
         if (least := least_cost(sizes, job.lengths, job.counts)) > config.budget:
             raise ValueError(f"--budget {config.budget} is out of reach: the head alone costs {least:.2f} of dense "
                              f"with {sizes.vocab_size} ids; a higher budget, a deeper preset, or a smaller vocabulary")

@@ -212,17 +212,18 @@ def introduce(model, tokenizer, example: dict, device, seed: int) -> None:
 
 def report(metrics: dict, plan: Plan) -> None:
     """The closing table; top-k looks at the whole sequence, so its row is labelled non-causal."""
-    print(f"\n{'model':<26}{'t2i':>8}{'mmu':>8}{'composed':>10}{'GFLOP':>8}{'ms/step':>9}{'kept t2i':>10}"
-          f"{'kept mmu':>10}")
     method = metrics["method"]
     names = {"dense": "dense", "topk": f"{method}, top-k (non-causal)", "causal": f"{method}, causal"}
+    width = len(names["topk"])
+    print(f"\n{'model':<{width}}{'t2i':>8}{'mmu':>8}{'composed':>10}{'GFLOP':>8}{'ms/step':>9}{'kept t2i':>10}"
+          f"{'kept mmu':>10}")
     for key, name in names.items():
         row = metrics[key]
         kept = [1.0 if key == "dense" else sum(plan.keep[task]) / plan.n_layer for task in ("t2i", "mmu")]
         composed = "n/a" if row["composition"] is None else f"{row['composition']:.1%}"
-        print(f"{name:<26}{row['t2i_accuracy']:>8.1%}{row['mmu_accuracy']:>8.1%}{composed:>10}"
+        print(f"{name:<{width}}{row['t2i_accuracy']:>8.1%}{row['mmu_accuracy']:>8.1%}{composed:>10}"
               f"{row['train_flops'] / 1e9:>8.3f}{row['step_ms']:>9.0f}{kept[0]:>10.1%}{kept[1]:>10.1%}")
-    print(f"{'blind (no picture)':<26}{'':>8}{metrics['blind_mmu_accuracy']:>8.1%}")
+    print(f"{'blind (no picture)':<{width}}{'':>8}{metrics['blind_mmu_accuracy']:>8.1%}")
     worst = {key: min((v, f"{task} {name}") for task in ("t2i", "mmu")
                       for name, v in metrics[key]["by_category"][task].items()) for key in names}
     print("worst category: " + ", ".join(f"{key} {name} {value:.1%}" for key, (value, name) in worst.items()))

@@ -6,11 +6,10 @@
     python benchmarks/choices.py membership
 
 method: UniMoD; the same keep ratios for the layers in the order of what the loss gains from each, instead of ARank's
-order; its plan with one router for both tasks; ARank's mean over both tasks, so one plan and one router for both; and
-the methods of the paper's comparison. The first four and mod meet the budget, interleaved and early_exit save what they
-save, dense nothing. measure: what counts as rank in ARank, with its tolerance; even: no ARank, the same keep in every
-layer but the first, which is dense. gate, membership: the values of the config field, all with UniMoD's plan. --only
-runs some of the choices; --budget is that of train_toy.py when not given.
+order; and the other methods of the comparison (layer_switch.plan_for_budget). measure: what counts as rank in ARank,
+with its tolerance; even: no ARank, the same keep in every layer but the first, which is dense. gate, membership: the
+values of the config field, all with UniMoD's plan. --only runs some of the choices; --budget is that of train_toy.py
+when not given.
 
 For each choice, on fresh data: the losses of both tasks and free-running accuracies, with top-k and with causal routing,
 how often membership agrees with top-k, and its base rate. --dense keeps the dense model in this file and takes it, and
@@ -34,7 +33,7 @@ from unimod_mini.routers import GATES, MEMBERSHIP_WEIGHT  # noqa: E402
 MEASURES = ("energy 0.1", "energy 0.01", "rank 0.1", "rank 0.01", "rank 1e-7")    # of arank, with their tolerances
 FIELDS = {"gate": tuple(GATES), "membership": tuple(MEMBERSHIP_WEIGHT),
           "measure": (*MEASURES, "even"),
-          "method": ("unimod", "by loss", "one router", "one plan", *METHODS[1:])}
+          "method": (METHODS[0], "by loss", *METHODS[1:])}
 NAMES = ("saved", "ce t2i", "ce t2i c.", "ce mmu", "ce mmu c.", "t2i", "t2i c.", "mmu", "mmu c.", "agreement", "base rate")
 
 
@@ -134,11 +133,7 @@ def variant(field: str, choice: str, table: dict, config, lengths: dict, budget:
     """The plan of this choice, and what it changes in the config."""
     if choice == "even":
         return even(config, lengths, budget), {}
-    method = choice if choice in METHODS else "unimod"
-    if choice == "one plan":                               # ARank's mean over the tasks: nothing is task-aware
-        table = dict.fromkeys(table, [sum(column) / len(column) for column in zip(*table.values())])
-    plan = plan_for_budget(method, table, config, lengths, budget)
-    plan = Plan(plan.keep, plan.shared_router or choice in ("one router", "one plan"))
+    plan = plan_for_budget(choice if choice in METHODS else "unimod", table, config, lengths, budget)
     return plan, {field: choice} if field in ("gate", "membership") else {}
 
 

@@ -332,10 +332,15 @@ def test_layer_switch(backbone, budget):
 
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_every_method_of_the_comparison(budget):
-    """unimod and mod meet the budget closely, the other methods are their fixed plans, a misspelt one is an error."""
+    """unimod and mod meet the budget closely, one_router has unimod's plan, one_plan the plan of the tasks' mean, the
+    other methods are their fixed plans, a misspelt one is an error."""
     table, config = {"t2i": [0.1 * n for n in range(1, 9)], "mmu": [0.5, 0.2] * 4}, CONFIG["showo"]
     plans = {name: switch.plan_for_budget(name, table, config, LENGTHS, budget) for name in switch.METHODS}
     assert plans["unimod"] == switch.plan_from_arank(table, config, LENGTHS, budget)
+    assert plans["one_router"] == Plan(plans["unimod"].keep, shared_router=True) != plans["unimod"]
+    mean = [(a + b) / 2 for a, b in zip(*table.values())]
+    row = switch.plan_from_arank(dict.fromkeys(table, mean), config, LENGTHS, budget).keep["t2i"]
+    assert plans["one_plan"] == Plan(dict.fromkeys(table, row), shared_router=True)
     assert plans["dense"] == Plan.dense(8) and plans["interleaved"] == Plan.interleaved(8)
     assert plans["early_exit"] == Plan.early_exit(8)
     everything = switch.plan_for_budget("mod", table, config, LENGTHS, 1.0)

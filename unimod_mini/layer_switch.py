@@ -135,20 +135,26 @@ def layer_switch(model: UnifiedTransformer, batches_by_task: dict, budget: float
     return plan_from_arank(table, model.config, lengths, budget, counts)
 
 
-METHODS = ("unimod", *BASELINES)
+BY_ARANK = ("unimod", "one_router", "one_plan")
+METHODS = (*BY_ARANK, *BASELINES)
 
 
 def plan_for_budget(method: str, table: dict, config: ModelConfig, lengths: dict, budget: float,
                     counts: dict | None = None) -> Plan:
-    """The plan of a method of the comparison; unimod and mod meet the budget, the others save what they save.
+    """The plan of a method of the comparison; those that ARank decides and mod meet the budget, the others save what
+    they save.
 
-    mod: one shared router, one keep for all tasks on the odd layers (0 where even that is over the budget).
+    one_router: UniMoD's plan with one router for all tasks (the paper's ablation). one_plan: ARank's mean over the
+    tasks decides, so that keep ratios are shared as well as routers, and nothing knows the task. mod: one shared
+    router, one keep for all tasks on the odd layers (0 where even that is over the budget).
     """
     depth, tasks = config.n_layer, tuple(table)
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}, the methods are {', '.join(METHODS)}")
-    if method == "unimod":
-        return plan_from_arank(table, config, lengths, budget, counts)
+    if method in BY_ARANK:
+        mean = [sum(column) / len(column) for column in zip(*table.values())]
+        table = dict.fromkeys(table, mean) if method == "one_plan" else table
+        return Plan(plan_from_arank(table, config, lengths, budget, counts).keep, shared_router=method != "unimod")
     if method == "mod":                                    # near keep 1 a router costs more than it saves: try all
         cost = lambda k: flops_ratio(config, Plan.mod(depth, tasks, k / 1000), lengths, "train", counts)
         return Plan.mod(depth, tasks, max((k for k in range(1001) if cost(k) <= budget), default=0) / 1000)
