@@ -6,7 +6,8 @@
     python benchmarks/choices.py membership
 
 method: UniMoD; the same keep ratios for the layers in the order of what the loss gains from each, instead of ARank's
-order; and the other methods of the comparison (layer_switch.plan_for_budget). measure: what counts as rank in ARank,
+order (by loss); UniMoD's plan without routers, tokens kept by their position alone, spread evenly (by place); and the
+other methods of the comparison (layer_switch.plan_for_budget). measure: what counts as rank in ARank,
 with its tolerance; even: no ARank, the same keep in every layer but the first, which is dense. gate, membership: the
 values of the config field, all with UniMoD's plan. --only runs some of the choices; --budget is that of train_toy.py
 when not given.
@@ -28,12 +29,12 @@ from unimod_mini.analysis import layer_importance  # noqa: E402
 from unimod_mini.evaluate import evaluate  # noqa: E402
 from unimod_mini.flops import bisect  # noqa: E402
 from unimod_mini.objectives import cross_entropy  # noqa: E402
-from unimod_mini.routers import GATES, MEMBERSHIP_WEIGHT  # noqa: E402
+from unimod_mini.routers import GATES, GOLDEN, MEMBERSHIP_WEIGHT, TaskRouter  # noqa: E402
 
 MEASURES = ("energy 0.1", "energy 0.01", "rank 0.1", "rank 0.01", "rank 1e-7")    # of arank, with their tolerances
 FIELDS = {"gate": tuple(GATES), "membership": tuple(MEMBERSHIP_WEIGHT),
           "measure": (*MEASURES, "even"),
-          "method": (METHODS[0], "by loss", *METHODS[1:])}
+          "method": (METHODS[0], "by loss", "by place", *METHODS[1:])}
 NAMES = ("saved", "ce t2i", "ce t2i c.", "ce mmu", "ce mmu c.", "t2i", "t2i c.", "mmu", "mmu c.", "agreement", "base rate")
 
 
@@ -101,6 +102,8 @@ def main() -> None:
                measured(dense, samples, choice) if choice in MEASURES else table)
         plan, changes = variant(args.field, choice, own, dense.config, lengths, budget)
         model, fresh = dense.with_plan(plan, **changes), data(2, *sizes)
+        if choice == "by place":
+            without_routers(model)
         toy.train(model, fresh, more, 0.7, device, choice, setting["weights"])
         values = [1 - flops_ratio(dense.config, plan, lengths, "train"),
                   *judge(model, fresh, world, args.scenes, args.seed, setting["drawing"], device)]
@@ -134,7 +137,32 @@ def variant(field: str, choice: str, table: dict, config, lengths: dict, budget:
     if choice == "even":
         return even(config, lengths, budget), {}
     plan = plan_for_budget(choice if choice in METHODS else "unimod", table, config, lengths, budget)
-    return plan, {field: choice} if field in ("gate", "membership") else {}
+    changes = {field: choice} if field in ("gate", "membership") else {}
+    return plan, {"membership": "router"} if choice == "by place" else changes
+
+
+class Place(TaskRouter):
+    """Looks at no token: a position's score is spread evenly over any stretch of positions, and another one in every
+    layer, so that a layer keeps its share wherever one looks. The scores are so small that the gate stays 1."""
+
+    def __init__(self, width: int, task: str, layer: int):
+        super().__init__(width, 0, [task])
+        self.layer = layer
+        self.requires_grad_(False)
+
+    def forward(self, x, task, keep, context, rule, before=None):
+        self.positions = context.positions
+        return super().forward(x, task, keep, context, rule, before)
+
+    def router_scores(self, x):
+        return 1e-3 * ((self.positions + self.layer) * GOLDEN % 2**32).float() / 2**32
+
+
+def without_routers(model) -> None:
+    """Puts a Place where a router is."""
+    for layer, routers in enumerate(model.routers):
+        for task in routers:
+            routers[task] = Place(model.config.d_model, task, layer).to(next(model.parameters()).device)
 
 
 @toy.torch.no_grad()

@@ -42,7 +42,7 @@ def test_the_methods_of_the_comparison():
     lengths = {"t2i": 90, "mmu": 100}
     plans = {name: choices.variant("method", name, table, config, lengths, 0.6) for name in choices.FIELDS["method"]}
     saved = {name: 1 - choices.flops_ratio(config, plan, lengths, "train") for name, (plan, changes) in plans.items()}
-    for name in ("unimod", "by loss", "one_router", "one_plan", "mod"):
+    for name in ("unimod", "by loss", "by place", "one_router", "one_plan", "mod"):
         assert saved[name] == pytest.approx(0.4, abs=5e-3)
     assert 0 == saved["dense"] < saved["early_exit"] < saved["interleaved"]
     plan, _ = choices.variant("measure", "even", table, config, lengths, 0.6)
@@ -50,6 +50,24 @@ def test_the_methods_of_the_comparison():
     assert 0.59 < choices.flops_ratio(config, plan, lengths, "train") <= 0.6
     plan, changes = choices.variant("gate", "tanh", table, config, lengths, 0.6)
     assert (plan, changes) == (plans["unimod"][0], {"gate": "tanh"})
+
+
+def test_without_routers_the_position_decides():
+    """The same positions whatever the tokens, in other layers others; every stretch of 30 has the layer's share, and
+    causal routing keeps what top-k keeps."""
+    torch = choices.toy.torch
+    keep = (1.0, 0.3, 0.3)
+    config = replace(choices.toy.ModelConfig.preset("toy-emu3"), n_layer=3, membership="router")
+    model = choices.toy.UnifiedTransformer(config, choices.Plan({"t2i": keep}))
+    choices.without_routers(model)
+    ids = torch.randint(0, 100, (4, 90))
+    choices.calibrate(model, {"t2i": Batch(ids, None, None, ids)})
+    kept = {rule: [routing.selected for routing in model(ids, task="t2i", routing=rule).routing[1:]]
+            for rule in ("topk", "causal")}
+    for rule, (one, two) in kept.items():
+        assert (one == one[:1]).all() and (two == two[:1]).all() and not torch.equal(one, two)
+        assert all(abs(int(n) - 9) <= 2 for part in (one, two) for n in part[0].unfold(0, 30, 1).sum(1))
+    assert all(map(torch.equal, *kept.values()))
 
 
 def test_arank_in_the_order_of_the_loss():
