@@ -1,4 +1,4 @@
-"""benchmarks/choices.py, where the values of a field go on from one dense model; analysis.py and tasks.py beside it."""
+"""benchmarks/choices.py, where the values of a field go on from one dense model; analysis.py, tasks.py, quality.py too."""
 import json
 import sys
 from dataclasses import replace
@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from benchmarks import analysis, choices, tasks
+from benchmarks import analysis, choices, quality, tasks
 from unimod_mini import Batch
 
 
@@ -198,3 +198,54 @@ def test_three_tasks_in_one_model(run, tmp_path, monkeypatch):
 def test_rank_correlation():
     up, down = analysis.rank_correlation([1, 2, 3], [10, 20, 90]), analysis.rank_correlation([3, 2, 1], [1, 4, 5])
     assert up == pytest.approx(1) == -down
+
+
+# -------------------------------------------------------------------------------------------- benchmarks/quality.py
+
+@pytest.fixture
+def toy_checkpoint(tmp_path):
+    """A model of random weights with the toy world's tokenizer, and its file."""
+    torch = choices.toy.torch
+    _, tokenizer = choices.toy.make_world(choices.toy.parse([]))
+    plan = choices.Plan({"t2i": (1, .5, .2, .3, 1, 1, 1, 1), "mmu": (1, .3, 1, .6, .5, 1, 1, 1)})
+    model = choices.toy.UnifiedTransformer(choices.toy.toy_config("emu3", tokenizer), plan)
+    torch.manual_seed(0)
+    for weight in model.routers.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    ids = torch.randint(0, 30, (4, 40))
+    choices.calibrate(model, dict.fromkeys(("t2i", "mmu"), Batch(ids, None, None, ids)))
+    file = tmp_path / "checkpoint.pt"
+    choices.save_checkpoint(file, model, tokenizer=tokenizer.state(), drawing=choices.toy.SETTINGS["emu3"]["drawing"])
+    return model, file
+
+
+def test_a_wrong_label_means_the_other_tasks_decisions(toy_checkpoint):
+    """Relabelled, a task keeps what the other kept, to the bit; relabelled again, the model is what it was."""
+    (model, _), torch = toy_checkpoint, choices.toy.torch
+    wrong, ids = quality.relabelled(model), torch.randint(0, 30, (2, 40))
+    for task, other in quality.OTHER.items():
+        right = model(ids, task=other, routing="causal")
+        assert torch.equal(wrong(ids, task=task, routing="causal").logits, right.logits)
+        assert any(routing is not None and 0 < routing.selected.float().mean() < 1 for routing in right.routing)
+    again = quality.relabelled(wrong)
+    assert again.plan == model.plan
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+
+
+@pytest.mark.parametrize("labels", [[], ["--labels"]])
+def test_quality(run, toy_checkpoint, tmp_path, labels):
+    """A line for each task and split, what it says is in the file, and the difference is that of the accuracies."""
+    _, file = toy_checkpoint
+    lines = run(str(file), "--scenes", "7", "--out", str(tmp_path / "found.json"), *labels, module=quality)
+    rows = json.loads((tmp_path / "found.json").read_text())[str(file)]
+    assert lines[-5].split()[1:3] == (["right", "wrong"] if labels else ["top-k", "causal"])
+    assert list(rows) == ["t2i", "mmu", "t2i held out", "mmu held out"] and len(lines[-4:]) == 4
+    for row in rows.values():
+        assert row["points"] == pytest.approx(100 * (row["second"] - row["first"])) and row["scenes"] == 7
+
+
+def test_paired_differences():
+    """Three scenes, one of them judged otherwise: a third of a point each way, and its standard error by hand."""
+    row = quality.paired([("a", True), ("b", False), ("c", True)], [("a", True), ("b", True), ("c", True)])
+    assert (row["first"], row["second"], row["points"]) == pytest.approx((2 / 3, 1, 100 / 3))
+    assert row["standard_error"] == pytest.approx(100 / 3) and row["alike"] == pytest.approx(2 / 3)
