@@ -7,7 +7,7 @@ from .data import Pictures, load_image_folder
 from .flops import count_flops, flops_ratio
 from .generate import generate_image, generate_text
 from .layer_switch import METHODS, arank_table, layer_switch, plan_for_budget, plan_from_arank
-from .pretrained import load_pretrained, save_pretrained
+from .pretrained import HFText, load_pretrained, save_pretrained
 from .routers import Plan
 from .shapes import World
 from .tokenizer import Batch, ByteText, Palette, Tokenizer, WordText

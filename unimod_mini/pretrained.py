@@ -7,6 +7,8 @@ What Hugging Face has no name for, the plan, routers, predictors and thresholds,
 and unimod.safetensors. What the two sides call differently is said once, in NAMES and FIELDS, and read in both
 directions. What this code cannot compute is refused: loading never returns another function than the file's.
 
+`HFText` makes their text tokenizers the text codec of a Tokenizer, with the published ids.
+
 Sources: transformers 5.24 (models/phi, llama, emu3), showlab/Show-o (models/modeling_showo.py, phi.py) and
 baaivision/Emu3 (emu3/mllm/configuration_emu3.py). Legend: ours, our state dict and ModelConfig; theirs, Hugging Face's.
 """
@@ -145,6 +147,53 @@ def showo_config(config: dict) -> ModelConfig:
     if config["vocab_size"] != vocabulary:
         raise ValueError(f"vocab_size is {config['vocab_size']}, supported: text, special, codes, mask: {vocabulary}")
     return replace(PRESETS["showo-1.3b"], vocab_size=vocabulary, image_start=start)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Texts
+# --------------------------------------------------------------------------------------------------------------
+
+# Emu3's own tokens (baaivision/Emu3, emu3/mllm/tokenization_emu3.py), and the first of its image codes
+EMU3_TOKENS = {"[PAD]": "<|endoftext|>", "BOS": "<|extra_203|>", "EOS": "<|extra_204|>", "boi": "<|image start|>",
+               "img": "<|image token|>", "EOL": "<|extra_200|>", "EOF": "<|extra_201|>", "eoi": "<|image end|>"}
+FIRST_CODE = "<|visual token 000000|>"
+
+
+class HFText:
+    """A text tokenizer of Hugging Face as the text codec of a Tokenizer, whose ids are then those that were published.
+
+        HFText(AutoTokenizer.from_pretrained("microsoft/phi-1_5"), "showo")      # as it is, no token added
+        HFText(AutoTokenizer.from_pretrained("BAAI/Emu3-Chat-hf"), "emu3")
+
+    showo: sot and eot are its bos and eos, [PAD], soi .. lvg and the image codes follow behind its last id
+    (showlab/Show-o, training/prompting_utils.py). emu3: all special tokens are among its own, the image codes end it.
+    Raises ValueError for a tokenizer that lacks one of them.
+    """
+    merges = True                                          # a token may span the end of one text and the next's start
+
+    def __init__(self, tokenizer, backbone: str):
+        if backbone not in NAMES:
+            raise ValueError(f"HFText: backbone must be showo or emu3, got {backbone!r}")
+        showo, self.tokenizer = backbone == "showo", tokenizer
+        names = {"sot": tokenizer.bos_token, "eot": tokenizer.eos_token} if showo else EMU3_TOKENS | {"": FIRST_CODE}
+        ids = {name: self.find(token) for name, token in names.items()}
+        if lacking := [f"{name or 'image codes'} ({names[name]})" for name, i in ids.items() if i is None]:
+            raise ValueError(f"HFText: this tokenizer is not that of {backbone}, it lacks {', '.join(lacking)}")
+        if showo and self.find("[PAD]") is not None:
+            raise ValueError("HFText: this tokenizer has a [PAD] already, whose id is given out here: load it anew")
+        self.special = ids
+        self.size = len(tokenizer) if showo else self.special.pop("")
+
+    def find(self, token: str | None) -> int | None:
+        """The id of a token, None where there is none (Hugging Face says then: the unknown one)."""
+        unknown, i = self.tokenizer.unk_token, token and self.tokenizer.convert_tokens_to_ids(token)
+        return None if i is None or (token != unknown and i == self.tokenizer.unk_token_id) else i
+
+    def encode(self, text: str) -> list:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, ids) -> str:
+        return self.tokenizer.decode([i for i in ids if 0 <= i < self.size], skip_special_tokens=True)
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -3,8 +3,9 @@
     showo: | text .. sot eot | [PAD] soi eoi sov eov t2i mmu t2v v2v lvg | image codes | mask |
     emu3:  | text .. | [PAD] BOS EOS boi img EOL EOF eoi | image codes |
 
-A `Tokenizer` is a text codec (WordText, ByteText), an image codec (Palette, or vq.VQ) and a backbone, whose published
-layouts it follows (Show-o, arXiv 2408.12528; Emu3, arXiv 2409.18869). Departure from the usual: `labels[i]` is what
+A `Tokenizer` is a text codec (WordText, ByteText, or pretrained.HFText, which has special ids of its own), an image
+codec (Palette, or vq.VQ) and a backbone, whose published layouts it follows (Show-o, arXiv 2408.12528; Emu3, arXiv
+2409.18869). Departure from the usual: `labels[i]` is what
 the logits at i must predict, already shifted where the objective is next-token and unshifted where it is masked
 diffusion, so that one cross-entropy serves both.
 
@@ -167,8 +168,9 @@ class Tokenizer:
             raise ValueError(f"Tokenizer: backbone must be showo or emu3, got {backbone!r}")
         self.backbone, self.text, self.image, self.grid = backbone, text, image, tuple(grid)
         self.text_length, self.system, self.assistant = text_length, system, assistant
-        names = (("sot", "eot") if backbone == "showo" else ()) + SPECIAL[backbone]
-        self.special = {name: text.size + i for i, name in enumerate(names)}
+        own = getattr(text, "special", {})                                   # the others follow behind the text
+        names = [name for name in ("sot", "eot")[:2 * (backbone == "showo")] + SPECIAL[backbone] if name not in own]
+        self.special = own | {name: text.size + i for i, name in enumerate(names)}
         self.image_start = text.size + len(names)
         self.image_end = self.image_start + image.n_codes
         self.mask_id = self.image_end if backbone == "showo" else None
@@ -208,14 +210,14 @@ class Tokenizer:
 
     def name(self, i: int) -> str:
         """A readable name of one id, for printing sequences."""
-        if i < self.text.size:
+        names = {i: name for name, i in self.special.items()} | {self.mask_id: "[MASK]"}
+        if i in names:
+            return names[i]
+        if 0 <= i < self.text.size:
             return self.text.decode([i])
         if self.image_start <= i < self.image_end:
             return f"<{i - self.image_start}>"
-        names = {i: name for name, i in self.special.items()} | {self.mask_id: "[MASK]"}
-        if i not in names:
-            raise ValueError(f"no id {i}: this tokenizer has 0 to {self.vocab_size - 1}")
-        return names[i]
+        raise ValueError(f"no id {i}: this tokenizer has 0 to {self.vocab_size - 1}")
 
     # ------------------------------------------------------------------------------- pieces of a sequence
 
@@ -312,7 +314,11 @@ class Tokenizer:
 
     def question_ids(self, question: str) -> list:
         """The question up to where its answer begins."""
-        return self.text.encode(question) + ([] if self.backbone == "showo" else self.text.encode(self.assistant))
+        if self.backbone == "showo":
+            return self.text.encode(question)
+        if getattr(self.text, "merges", False):            # across the seam, too
+            return self.text.encode(question + self.assistant)
+        return self.text.encode(question) + self.text.encode(self.assistant)
 
     def mmu_prompt(self, question: str, image: list) -> list:
         """Everything before the answer; image: ids of one picture."""

@@ -1,0 +1,188 @@
+"""pretrained.HFText: the text tokenizers of Show-o and Emu3, and with them the published sequences to the last id.
+
+The ids are those of showlab/Show-o (training/prompting_utils.py) and baaivision/Emu3 (emu3/mllm/tokenization_emu3.py,
+processing_emu3.py). A stand-in has the sizes of the published tokenizers; where transformers is installed, small ones
+that it trains itself come beside it.
+"""
+import pytest
+import torch
+
+from helpers import tiny
+from unimod_mini import HFText, ModelConfig, Tokenizer, UnifiedTransformer, generate_text
+from unimod_mini.tokenizer import IGNORE, Palette
+
+END = "<|endoftext|>"
+EXTRAS = [END, "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)), "<|image token|>",
+          "<|image start|>", "<|image end|>"]
+
+
+class StandIn:
+    """Letters and signs as ids from 0, special tokens where the published tokenizers have them; `pairs` are merged."""
+    pairs = ("?.",)
+
+    def __init__(self, specials: dict, size: int, **names):
+        self.specials, self.size = specials, size
+        self.bos_token = self.eos_token = self.unk_token = self.unk_token_id = None
+        vars(self).update(names)
+
+    def __len__(self):
+        return self.size
+
+    def convert_tokens_to_ids(self, token):
+        return self.specials.get(token, self.unk_token_id)
+
+    def encode(self, text, add_special_tokens):
+        assert add_special_tokens is False
+        ids = []
+        while text:
+            merged = text[:2] in self.pairs
+            ids.append(1000 + self.pairs.index(text[:2]) if merged else ord(text[0]))
+            text = text[1 + merged:]
+        return ids
+
+    def decode(self, ids, skip_special_tokens):
+        assert skip_special_tokens is True
+        hidden = set(self.specials.values())
+        return "".join(self.pairs[i - 1000] if i >= 1000 else chr(i) for i in ids if i not in hidden)
+
+
+def phi():
+    return StandIn({END: 50256}, 50295, bos_token=END, eos_token=END, unk_token=END, unk_token_id=50256)
+
+
+def emu3():
+    specials = {token: 151643 + i for i, token in enumerate(EXTRAS)} | {"<|visual token 000000|>": 151854}
+    return StandIn(specials, 151854 + 32768)
+
+
+class Codes:
+    """An image codec of so many codes, for pictures that are codes already."""
+
+    def __init__(self, n_codes):
+        self.n_codes = n_codes
+
+
+def tokenizer(backbone, grid=(1, 2), text_length=8):
+    text = HFText({"showo": phi, "emu3": emu3}[backbone](), backbone)
+    return Tokenizer(backbone, text, Codes({"showo": 8192, "emu3": 32768}[backbone]), grid, text_length)
+
+
+def ids(text):
+    return [ord(letter) for letter in text]
+
+
+# ---------------------------------------------------------------------------------------- the published ids
+
+@pytest.mark.parametrize("backbone, preset", [("showo", "showo-1.3b"), ("emu3", "emu3-8b")])
+def test_the_vocabulary_is_the_published_one(backbone, preset):
+    """Vocabulary and first image code are those of the true sizes; Show-o's mask is the last id."""
+    tokens, config = tokenizer(backbone), ModelConfig.preset(preset)
+    assert (tokens.vocab_size, tokens.image_start) == (config.vocab_size, config.image_start)
+    assert tokens.mask_id == (58497 if backbone == "showo" else None)
+
+
+def test_showo_special_ids():
+    """[PAD] and nine more behind Phi's 50,295 ids; sot and eot are both Phi's end of text."""
+    assert tokenizer("showo").special == {
+        "sot": 50256, "eot": 50256, "[PAD]": 50295, "soi": 50296, "eoi": 50297, "sov": 50298, "eov": 50299,
+        "t2i": 50300, "mmu": 50301, "t2v": 50302, "v2v": 50303, "lvg": 50304}
+
+
+def test_emu3_special_ids():
+    """Emu3's are extra tokens of its own vocabulary; none is added behind it."""
+    assert tokenizer("emu3").special == {"[PAD]": 151643, "BOS": 151849, "EOS": 151850, "boi": 151852, "img": 151851,
+                                         "EOL": 151846, "EOF": 151847, "eoi": 151853}
+
+
+def test_showo_sequences():
+    """Padded on the left to draw, on the right to answer; task token, text between two ends, the picture in its marks."""
+    tokens, picture = tokenizer("showo", text_length=6), torch.tensor([[[0, 8191]]])
+    t2i, mmu, lm = tokens.t2i(["fox"], picture), tokens.mmu(["a?"], ["b"], picture), tokens.lm(["fox"])
+    codes = [50296, 50305, 58496, 50297]
+    assert t2i.ids.tolist() == [[50295, 50300, 50256, *ids("fox"), 50256, *codes]]
+    assert t2i.labels[0, -3:-1].tolist() == [50305, 58496] and (t2i.labels[0, :-3] == IGNORE).all()
+    assert mmu.ids.tolist() == [[50301, *codes, 50256, *ids("a?b"), 50256, 50295]]
+    assert mmu.labels[0].tolist() == [IGNORE] * 7 + [ord("b"), 50256, IGNORE, IGNORE]
+    assert lm.ids.tolist() == [[50256, *ids("fox"), 50256, *[50295] * 6]]
+    assert t2i.valid.tolist() == [[False] + [True] * 10] and mmu.valid.tolist() == [[True] * 10 + [False]]
+
+
+def test_emu3_sequences():
+    """The question goes on into ". ASSISTANT:" as one text, so that a merge across the seam is the published one."""
+    tokens, picture = tokenizer("emu3", grid=(2, 1)), torch.tensor([[[0], [32767]]])
+    image = [151852, *ids("2*1"), 151851, 151854, 151846, 184621, 151846, 151847, 151853]
+    t2i, mmu = tokens.t2i(["fox"], picture), tokens.mmu(["a?"], ["b"], picture)
+    row = [151849, *ids("fox"), *image, 151850]
+    assert t2i.ids.tolist() == [row + [151643] * (tokens.length("t2i") - len(row))]
+    row = [151849, *ids("You are a helpful assistant. USER: "), *image, ord("a"), 1000, *ids(" ASSISTANT:b"), 151850]
+    assert mmu.ids.tolist() == [row + [151643] * (tokens.length("mmu") - len(row))]
+    assert tokens.mmu_prompt("a?", image[5:9]) == row[:-2]
+
+
+@pytest.mark.parametrize("backbone", ["showo", "emu3"])
+def test_names_and_texts(backbone):
+    """Every special id has its name (sot and eot share one); text comes back without special ids and image codes."""
+    tokens = tokenizer(backbone)
+    for name, i in tokens.special.items():
+        assert tokens.name(i) == ("eot" if name == "sot" else name)
+    assert tokens.name(tokens.image_start + 5) == "<5>" and tokens.name(ord("a")) == "a"
+    assert tokens.text.decode([-1, *ids("fox"), tokens.eot, tokens.pad, tokens.image_start]) == "fox"
+    with pytest.raises(ValueError, match=f"no id {tokens.vocab_size}"):
+        tokens.name(tokens.vocab_size)
+
+
+@pytest.mark.parametrize("text, backbone, message", [
+    (phi, "emu3", r"not that of emu3, it lacks BOS \(<\|extra_203\|>\).*image codes \(<\|visual token 000000"),
+    (emu3, "showo", r"not that of showo, it lacks sot \(None\), eot \(None\)"),
+    (lambda: StandIn({END: 3, "[PAD]": 4}, 5, bos_token=END, eos_token=END), "showo", r"has a \[PAD\] already"),
+    (phi, "llama", "backbone must be showo or emu3, got 'llama'"),
+])
+def test_another_tokenizer_is_refused(text, backbone, message):
+    """Of another model, with tokens that were added before, for no backbone: one line says what is wrong."""
+    with pytest.raises(ValueError, match=message):
+        HFText(text(), backbone)
+
+
+def test_it_cannot_be_stored():
+    """A checkpoint has no place for it, and says so."""
+    with pytest.raises(ValueError, match="only WordText or ByteText .* not HFText"):
+        tokenizer("showo").state()
+
+
+# -------------------------------------------------------------------------------- tokenizers of transformers itself
+
+@pytest.fixture
+def trained():
+    """A byte-level BPE of 300 ids, with the special tokens of a backbone."""
+    transformers = pytest.importorskip("transformers")
+    library = pytest.importorskip("tokenizers")
+
+    def make(backbone):
+        bpe = library.Tokenizer(library.models.BPE())
+        bpe.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe.decoder = library.decoders.ByteLevel()
+        specials = [END] if backbone == "showo" else [*EXTRAS, *(f"<|visual token {i:06d}|>" for i in range(4))]
+        trainer = library.trainers.BpeTrainer(vocab_size=300, initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet())
+        bpe.train_from_iterator(["what is this?. a red fox and a red ring"] * 9, trainer)
+        bpe.add_special_tokens(specials)
+        ends = {"bos_token": END, "eos_token": END, "unk_token": END} if backbone == "showo" else {}
+        return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, **ends)
+    return make
+
+
+@pytest.mark.parametrize("backbone", ["showo", "emu3"])
+def test_a_tokenizer_of_transformers(trained, backbone):
+    """Text comes back, special and image ids do not overlap it, and a model of that vocabulary answers."""
+    text = HFText(trained(backbone), backbone)
+    palette = Palette(torch.zeros(4, 2, 2, 3, dtype=torch.uint8))
+    tokens = Tokenizer(backbone, text, palette, (2, 2), 24)
+    assert text.decode(text.encode("what is this? a red fox, größer")) == "what is this? a red fox, größer"
+    assert tokens.image_start == (len(text.tokenizer) + 10 if backbone == "showo" else len(text.tokenizer) - 4)
+    assert max(text.encode("a red fox")) < min(i for name, i in tokens.special.items() if name != "[PAD]")
+    batch = tokens.mmu(["what is this?"], ["a fox"], torch.tensor([[[0, 1], [2, 3]]]))
+    if backbone == "emu3":                                 # the merge of "?." is in it
+        seam = text.encode("?.")
+        assert len(seam) == 1 and seam[0] in batch.ids[0].tolist()
+    config = tiny(backbone, vocab_size=tokens.vocab_size, image_start=tokens.image_start, max_length=120)
+    answer = generate_text(UnifiedTransformer(config), tokens, torch.zeros(4, 4, 3, dtype=torch.uint8), "what is this?")
+    assert isinstance(answer, str)
