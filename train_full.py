@@ -22,6 +22,7 @@ import torch
 
 from unimod_mini import (METHODS, ModelConfig, Plan, UnifiedTransformer, arank_table, calibrate, checkpoints,
                          plan_for_budget, predictor_report, save_checkpoint)
+from unimod_mini.config import PRESETS as PUBLISHED
 from unimod_mini.distributed import Ranks, from_first, join, sigterm
 from unimod_mini.flops import flops_ratio
 from unimod_mini.journal import Clock, Journal, figures, line, samples
@@ -32,7 +33,6 @@ from unimod_mini.run import Run, share_out, to_device
 from unimod_mini.settings import help_of, listing, nearest, overrides
 from unimod_mini.shards import Loader, Shards
 from unimod_mini.trainer import find_device, load_weights, precision, precision_name
-from unimod_mini.transformer import PRESETS as PUBLISHED
 
 # --------------------------------------------------------------------------------------------------------------
 # Settings

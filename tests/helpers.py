@@ -9,8 +9,9 @@ import tarfile
 import torch
 from hypothesis import strategies as st
 
+from unimod_mini.config import ModelConfig
 from unimod_mini.routers import Plan
-from unimod_mini.transformer import ModelConfig, UnifiedTransformer, rotary
+from unimod_mini.transformer import UnifiedTransformer, rotary
 
 BACKBONES = ("showo", "emu3")
 N_LAYER = 3

@@ -3,9 +3,9 @@ import pytest
 import torch
 
 from unimod_mini import Palette, Plan, Tokenizer, UnifiedTransformer, WordText, load_checkpoint, save_checkpoint
+from unimod_mini.config import ModelConfig
 from unimod_mini.generate import generate_image, main, parser
 from unimod_mini.show import enlarged, kept_tokens, read_png, write_png
-from unimod_mini.transformer import ModelConfig
 
 pytest.importorskip("PIL", reason="PNG files need the optional pillow")
 PLAN = Plan({"t2i": (1, .5, 0, .7), "mmu": (.4, 1, .5, 0)})

@@ -11,11 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from helpers import BACKBONES, N_LAYER, build, call, calls, count, plans, real, tiny
 from unimod_mini.cache import Cache
+from unimod_mini.config import ModelConfig
 from unimod_mini.flops import (PARTS, batch_flops, bisect, count_flops, flops_ratio, live_pairs, main, parser,
                                spread_pairs)
 from unimod_mini.memory import activation_bytes, cache_bytes, count_parameters
 from unimod_mini.routers import BASELINES, GATES, Plan, predictor_loss
-from unimod_mini.transformer import ModelConfig, UnifiedTransformer, attention_mask
+from unimod_mini.transformer import UnifiedTransformer, attention_mask
 
 backbones, tasks = st.sampled_from(BACKBONES), st.sampled_from(("t2i", "mmu"))
 

@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from unimod_mini import generate
+from unimod_mini.config import ModelConfig
 from unimod_mini.generate import Decoder, generate_image, generate_text, guided, left_pad, sample
 from unimod_mini.routers import Plan
 from unimod_mini.tokenizer import Palette, Tokenizer, WordText
-from unimod_mini.transformer import ModelConfig, Output, UnifiedTransformer
+from unimod_mini.transformer import Output, UnifiedTransformer
 
 BACKBONES, RULES = ("showo", "emu3"), ("topk", "causal")
 GRIDS = [(1, 1), (1, 2), (2, 1), (2, 3)]

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from unimod_mini.config import ModelConfig
 from unimod_mini.flops import count_flops, flops_ratio
 from unimod_mini.routers import Plan
 from unimod_mini.tokenizer import Batch, Palette, Tokenizer, WordText
-from unimod_mini.transformer import ModelConfig, UnifiedTransformer
+from unimod_mini.transformer import UnifiedTransformer
 
 switch = importlib.import_module("unimod_mini.layer_switch")     # the package has a function of the same name
 BACKBONES, MEASURES = ("showo", "emu3"), ("rank", "energy")

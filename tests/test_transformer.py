@@ -12,8 +12,9 @@ from helpers import (BACKBONES, N_LAYER, build, call, calls, count, naive_forwar
                      plans, real, seeds, tiny)
 from unimod_mini import transformer
 from unimod_mini.cache import Cache
+from unimod_mini.config import ModelConfig
 from unimod_mini.routers import GATES, TASKS, Plan
-from unimod_mini.transformer import ModelConfig, UnifiedTransformer, attention_mask, evaluating, rotary
+from unimod_mini.transformer import UnifiedTransformer, attention_mask, evaluating, rotary
 
 backbones, tasks = st.sampled_from(BACKBONES), st.sampled_from(("t2i", "mmu"))
 ALMOST = 1 - 1e-9                                          # routed, and K = T

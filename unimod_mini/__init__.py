@@ -3,6 +3,7 @@
 import warnings
 
 from .cache import Cache
+from .config import ModelConfig
 from .data import Pictures, load_image_folder
 from .flops import count_flops, flops_ratio
 from .generate import generate_image, generate_text
@@ -13,7 +14,7 @@ from .shapes import World
 from .tokenizer import Batch, ByteText, Palette, Tokenizer, WordText
 from .trainer import (calibrate, load_checkpoint, make_optimizers, predictor_report, save_checkpoint, seed_everything,
                       train_step)
-from .transformer import ModelConfig, UnifiedTransformer
+from .transformer import UnifiedTransformer
 from .vq import VQ, fit_vq
 
 # `python -m unimod_mini.generate` runs a module that the lines above have imported; it defines functions alone

@@ -18,9 +18,9 @@ import sys
 from collections import Counter
 from typing import NamedTuple
 
+from .config import PRESETS, ModelConfig
 from .memory import activation_bytes, cache_bytes, count_parameters
 from .routers import BASELINES, TASKS, Plan, capacity
-from .transformer import PRESETS, ModelConfig
 
 PARTS = ("embedding", "projections", "scores", "mlp", "router", "predictor", "head")   # embedding: a look-up, 0 FLOPs
 

@@ -24,10 +24,11 @@ Legend: B batch, T tokens, H heads, d head width, L layers.
 import torch
 from torch import Tensor
 
+from .config import ModelConfig
 from .flops import bisect, flops_ratio
 from .routers import BASELINES, Plan
 from .tokenizer import Batch
-from .transformer import ModelConfig, UnifiedTransformer, inference
+from .transformer import UnifiedTransformer, inference
 
 
 def rank_of(singular: Tensor, measure: str, tolerance: float) -> Tensor:

@@ -16,8 +16,8 @@ Legend: T tokens, K slots, D width, d head width, H heads, G key/value heads, F,
 
 from typing import NamedTuple
 
+from .config import ModelConfig
 from .routers import Plan, capacity
-from .transformer import ModelConfig
 
 FLOAT, INDEX = 4, 8        # bytes of a float32 and of an index
 

@@ -21,9 +21,10 @@ from pathlib import Path
 
 import torch
 
+from .config import PRESETS, ModelConfig
 from .files import whole_file
 from .routers import Plan
-from .transformer import PRESETS, ModelConfig, UnifiedTransformer
+from .transformer import UnifiedTransformer
 
 # --------------------------------------------------------------------------------------------------------------
 # Two vocabularies

@@ -6,9 +6,9 @@ here, for the batches that Show-o's training and Emu3's picture sizes suggest. W
 The ratio, plan over full computation, depends little on it: that is the number to compare.
 """
 
+from .config import ModelConfig
 from .flops import batch_flops, bisect, flops_ratio
 from .routers import Plan
-from .transformer import ModelConfig
 
 # TFLOPs of full computation and ratio in the paper, and batches that it may have counted: what it is, tokens of a
 # sequence, and {task: (sequences, tokens in a bidirectional span)}

@@ -9,10 +9,11 @@ from dataclasses import asdict
 import torch
 from torch import nn
 
+from .config import ModelConfig
 from .files import whole_file
 from .objectives import TASK_WEIGHTS, task_losses, training_rule
 from .routers import Plan
-from .transformer import ModelConfig, UnifiedTransformer, inference
+from .transformer import UnifiedTransformer, inference
 
 
 def find_device(name: str | None = None) -> torch.device:
