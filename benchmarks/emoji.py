@@ -123,13 +123,14 @@ def train_judge(pictures: list, steps: int, seed: int, device) -> Judge:
 
 @torch.no_grad()
 def verdict(judge: Judge, pictures: list, images: Tensor) -> dict:
-    """How often images (B, S, S, 3) show what `pictures` say: concept (first, among five), style, group."""
+    """How often images (B, S, S, 3) show what `pictures` say: concept (first, among five), style, both, group."""
     known = [i for i, p in enumerate(pictures) if p.concept in judge.names["concept"]]
     pictures, out = [pictures[i] for i in known], {"pictures": len(known)}
     device = next(judge.parameters()).device
     logits, targets = {head: x.cpu() for head, x in judge(images[known].to(device)).items()}, judge.targets(pictures)
-    for head, wanted in targets.items():
-        out[head] = round((logits[head].argmax(1) == wanted).float().mean().item(), 4)
+    right = {head: logits[head].argmax(1) == wanted for head, wanted in targets.items()}
+    right["both"] = right["concept"] & right["style"]
+    out |= {name: round(those.float().mean().item(), 4) for name, those in right.items()}
     best = logits["concept"].topk(min(5, len(judge.names["concept"])), 1).indices            # (B, 5)
     out["concept in 5"] = round((best == targets["concept"][:, None]).any(1).float().mean().item(), 4)
     return out
@@ -229,14 +230,14 @@ def main() -> None:
 
 def report(results: dict, kinds: Counter) -> None:
     """Two tables: what the judge sees, what is answered."""
-    names = ("pictures", "concept", "concept in 5", "style", "group")
+    names = ("pictures", "concept", "concept in 5", "style", "both", "group")
     print(f"\n{'the judge on':<22}" + "".join(f"{name:>14}" for name in names))
     for label, row in (results["judge"] | results["drawn"]).items():
         print(f"{label:<22}" + "".join(f"{row[n]:>14}" if n == "pictures" else f"{row[n]:>14.1%}" for n in names))
-    print(f"\n{'held-out questions':<30}{'asked':>7}" + "".join(f"{name:>10}" for name in results["answered"]))
+    print(f"\n{'held-out questions':<30}{'asked':>7}" + "".join(f"{name:>12}" for name in results["answered"]))
     for kind in (*sorted(kinds), "all"):
         print(f"{kind:<30}{kinds.get(kind, kinds.total()):>7}"
-              + "".join(f"{row[kind]:>10.1%}" for row in results["answered"].values()))
+              + "".join(f"{row[kind]:>12.1%}" for row in results["answered"].values()))
 
 
 if __name__ == "__main__":

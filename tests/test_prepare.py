@@ -633,3 +633,14 @@ def test_the_judge_of_emoji_runs(tmp_path, monkeypatch, capsys):
     assert 0.2 < results["answered"]["blind"]["all"] < 1 and "style x concept" in results["answered"]["blind"]
     assert "the judge on" in capsys.readouterr().out
     assert all((tmp_path / "judged" / f"emoji-{split}.png").exists() for split in ("train", "held"))
+
+
+def test_the_verdict_counts_pictures_that_are_right_in_both():
+    """Four pictures: right, another style, another concept, neither; a concept that the judge does not know is left out."""
+    names = {"concept": ["ox", "fog"], "style": ["google", "twitter"], "group": ["all"]}
+    judge = judged.Judge(names)
+    said = {"concept": [0, 0, 1, 1], "style": [0, 1, 0, 1], "group": [0, 0, 0, 0]}
+    judge.forward = lambda images: {head: torch.eye(len(names[head]))[torch.tensor(those)] for head, those in said.items()}
+    ox, cat = (judged.Picture("", concept, "google", "all", torch.zeros(8, 8, 3)) for concept in ("ox", "cat"))
+    found = judged.verdict(judge, [ox, cat, ox, ox, ox], torch.zeros(5, 8, 8, 3, dtype=torch.uint8))
+    assert found == {"pictures": 4, "concept": 0.5, "style": 0.5, "both": 0.25, "group": 1.0, "concept in 5": 1.0}
