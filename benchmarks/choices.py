@@ -35,6 +35,7 @@ MEASURES = ("energy 0.1", "energy 0.01", "rank 0.1", "rank 0.01", "rank 1e-7")  
 FIELDS = {"gate": tuple(GATES), "membership": tuple(MEMBERSHIP_WEIGHT),
           "measure": (*MEASURES, "even"),
           "method": (METHODS[0], "by loss", "by place", *METHODS[1:])}
+FRESH, SEEN = 256, 128           # sequences of each task: for losses and agreement, for thresholds
 NAMES = ("saved", "ce t2i", "ce t2i c.", "ce mmu", "ce mmu c.", "t2i", "t2i c.", "mmu", "mmu c.", "agreement", "base rate")
 
 
@@ -168,8 +169,7 @@ def without_routers(model) -> None:
 @toy.torch.no_grad()
 def judge(model, data, world, scenes: int, seed: int, drawing: dict, device) -> list:
     """The four losses on fresh data, the four accuracies, agreement with top-k and its base rate."""
-    fresh = {task: batch.to(device) for task, batch in data(256, 256).items()}
-    seen = {task: batch.to(device) for task, batch in data(128, 128).items()}
+    fresh, seen = ({task: batch.to(device) for task, batch in data(n, n).items()} for n in (FRESH, SEEN))
     with toy.precision(device):
         calibrate(model, seen)
         losses = [cross_entropy(model(**batch.inputs(), task=task, routing=routing).logits, batch.labels).item()

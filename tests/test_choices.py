@@ -14,8 +14,9 @@ from unimod_mini import Batch
 def run(monkeypatch, capsys):
     monkeypatch.setitem(choices.toy.SETTINGS, "emu3", choices.toy.SETTINGS["emu3"] | {"t2i": 2, "mmu": 2})
 
-    for name, few in (("ROUTER_STEPS", 1), ("COMPETING", 2), ("SAMPLES", 8)):
-        monkeypatch.setattr(analysis, name, few)
+    for module, name, few in ((analysis, "ROUTER_STEPS", 1), (analysis, "COMPETING", 2), (analysis, "SAMPLES", 8),
+                              (choices, "FRESH", 16), (choices, "SEEN", 16)):
+        monkeypatch.setattr(module, name, few)
 
     def call(*argv, module=choices):
         monkeypatch.setattr(sys, "argv", ["a benchmark", *argv])
