@@ -136,7 +136,7 @@ def layer_switch(model: UnifiedTransformer, batches_by_task: dict, budget: float
     return plan_from_arank(table, model.config, lengths, budget, counts)
 
 
-BY_ARANK = ("unimod", "one_router", "one_plan")
+BY_ARANK = ("unimod", "one_router", "one_plan")            # ARank makes their plans
 METHODS = (*BY_ARANK, *BASELINES)
 
 
@@ -153,8 +153,8 @@ def plan_for_budget(method: str, table: dict, config: ModelConfig, lengths: dict
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}, the methods are {', '.join(METHODS)}")
     if method in BY_ARANK:
-        mean = [sum(column) / len(column) for column in zip(*table.values())]
-        table = dict.fromkeys(table, mean) if method == "one_plan" else table
+        if method == "one_plan":
+            table = dict.fromkeys(table, [sum(column) / len(column) for column in zip(*table.values())])
         return Plan(plan_from_arank(table, config, lengths, budget, counts).keep, shared_router=method != "unimod")
     if method == "mod":                                    # near keep 1 a router costs more than it saves: try all
         cost = lambda k: flops_ratio(config, Plan.mod(depth, tasks, k / 1000), lengths, "train", counts)
