@@ -138,8 +138,7 @@ def variant(field: str, choice: str, table: dict, config, lengths: dict, budget:
     if choice == "even":
         return even(config, lengths, budget), {}
     plan = plan_for_budget(choice if choice in METHODS else "unimod", table, config, lengths, budget)
-    changes = {field: choice} if field in ("gate", "membership") else {}
-    return plan, {"membership": "router"} if choice == "by place" else changes
+    return plan, {field: choice} if field in ("gate", "membership") else {}
 
 
 class Place(TaskRouter):

@@ -58,7 +58,7 @@ def test_without_routers_the_position_decides():
     causal routing keeps what top-k keeps."""
     torch = choices.toy.torch
     keep = (1.0, 0.3, 0.3)
-    config = replace(choices.toy.ModelConfig.preset("toy-emu3"), n_layer=3, membership="router")
+    config = replace(choices.toy.ModelConfig.preset("toy-emu3"), n_layer=3)
     model = choices.toy.UnifiedTransformer(config, choices.Plan({"t2i": keep}))
     choices.without_routers(model)
     ids = torch.randint(0, 100, (4, 90))

@@ -154,10 +154,10 @@ def showo_config(config: dict) -> ModelConfig:
 # Texts
 # --------------------------------------------------------------------------------------------------------------
 
-# Emu3's own tokens (baaivision/Emu3, emu3/mllm/tokenization_emu3.py), and the first of its image codes
+# tokens of Emu3's own vocabulary (baaivision/Emu3, emu3/mllm/tokenization_emu3.py), the first image code among them
 EMU3_TOKENS = {"[PAD]": "<|endoftext|>", "BOS": "<|extra_203|>", "EOS": "<|extra_204|>", "boi": "<|image start|>",
-               "img": "<|image token|>", "EOL": "<|extra_200|>", "EOF": "<|extra_201|>", "eoi": "<|image end|>"}
-FIRST_CODE = "<|visual token 000000|>"
+               "img": "<|image token|>", "EOL": "<|extra_200|>", "EOF": "<|extra_201|>", "eoi": "<|image end|>",
+               "image codes": "<|visual token 000000|>"}
 
 
 class HFText:
@@ -176,14 +176,14 @@ class HFText:
         if backbone not in NAMES:
             raise ValueError(f"HFText: backbone must be showo or emu3, got {backbone!r}")
         showo, self.tokenizer = backbone == "showo", tokenizer
-        names = {"sot": tokenizer.bos_token, "eot": tokenizer.eos_token} if showo else EMU3_TOKENS | {"": FIRST_CODE}
+        names = {"sot": tokenizer.bos_token, "eot": tokenizer.eos_token} if showo else EMU3_TOKENS
         ids = {name: self.find(token) for name, token in names.items()}
-        if lacking := [f"{name or 'image codes'} ({names[name]})" for name, i in ids.items() if i is None]:
+        if lacking := [f"{name} ({names[name]})" for name, i in ids.items() if i is None]:
             raise ValueError(f"HFText: this tokenizer is not that of {backbone}, it lacks {', '.join(lacking)}")
         if showo and self.find("[PAD]") is not None:
             raise ValueError("HFText: this tokenizer has a [PAD] already, whose id is given out here: load it anew")
+        self.size = ids.pop("image codes", len(tokenizer))
         self.special = ids
-        self.size = len(tokenizer) if showo else self.special.pop("")
 
     def find(self, token: str | None) -> int | None:
         """The id of a token, None where there is none (Hugging Face says then: the unknown one)."""

@@ -5,9 +5,8 @@
 
 A `Tokenizer` is a text codec (WordText, ByteText, or pretrained.HFText, which has special ids of its own), an image
 codec (Palette, or vq.VQ) and a backbone, whose published layouts it follows (Show-o, arXiv 2408.12528; Emu3, arXiv
-2409.18869). Departure from the usual: `labels[i]` is what
-the logits at i must predict, already shifted where the objective is next-token and unshifted where it is masked
-diffusion, so that one cross-entropy serves both.
+2409.18869). Departure from the usual: `labels[i]` is what the logits at i must predict, already shifted where the
+objective is next-token and unshifted where it is masked diffusion, so that one cross-entropy serves both.
 
 Legend: B batch, T tokens, S text budget, N image tokens, h and w rows and columns of image codes, p patch side.
 """
@@ -168,10 +167,11 @@ class Tokenizer:
             raise ValueError(f"Tokenizer: backbone must be showo or emu3, got {backbone!r}")
         self.backbone, self.text, self.image, self.grid = backbone, text, image, tuple(grid)
         self.text_length, self.system, self.assistant = text_length, system, assistant
+        names = (("sot", "eot") if backbone == "showo" else ()) + SPECIAL[backbone]
         own = getattr(text, "special", {})                                   # the others follow behind the text
-        names = [name for name in ("sot", "eot")[:2 * (backbone == "showo")] + SPECIAL[backbone] if name not in own]
-        self.special = own | {name: text.size + i for i, name in enumerate(names)}
-        self.image_start = text.size + len(names)
+        new = [name for name in names if name not in own]
+        self.special = own | {name: text.size + i for i, name in enumerate(new)}
+        self.image_start = text.size + len(new)
         self.image_end = self.image_start + image.n_codes
         self.mask_id = self.image_end if backbone == "showo" else None
         self.vocab_size = self.image_end + (backbone == "showo")
