@@ -28,6 +28,7 @@ from unimod_mini.flops import flops_ratio
 from unimod_mini.journal import Clock, Journal, figures, line, samples
 from unimod_mini.layer_switch import BY_ARANK, least_cost, show_table
 from unimod_mini.objectives import TASK_WEIGHTS
+from unimod_mini.pretrained import load_pretrained, pretrained_config
 from unimod_mini.routers import TASKS
 from unimod_mini.run import Run, share_out, to_device
 from unimod_mini.settings import help_of, listing, nearest, overrides
@@ -64,7 +65,7 @@ class Config:
     data: str = ""                 # the folder that python -m unimod_mini.prepare wrote
     out: str = "out/full"          # where everything is written: model.pt, checkpoints/, samples/, metrics.jsonl ..
     preset: str = "laptop"         # sizes, with their settings: tiny, laptop, base, or a name of ModelConfig.preset
-    init: str = ""                 # begin with these weights: model.pt, checkpoint.pt of train_toy.py, a checkpoint
+    init: str = ""                 # begin with these weights: model.pt, a checkpoint; Hugging Face's folder sets sizes
     plan: str = ""                 # UniMoD with this plan from the first step; "": dense, then the layer switch
     resume: str = "no"             # or auto: go on from the newest whole checkpoint of --out, if there is any
     steps: int = 2000              # of both stages together
@@ -122,10 +123,20 @@ def parse(argv=None) -> Config:
     return Config(**PRESETS.get(given.get("preset", Config.preset), (None, {}))[1] | given)
 
 
-def model_config(preset: str, tokenizer) -> ModelConfig:
-    """The preset's sizes with the vocabulary and the lengths of the tokenizer. ValueError for another backbone."""
+def model_config(preset: str, tokenizer, init: str = "") -> ModelConfig:
+    """The preset's sizes with the vocabulary and the lengths of the tokenizer; or those of --init, a folder of Hugging
+    Face. ValueError for another backbone or, there, another vocabulary."""
     longest = max(map(tokenizer.length, ("t2i", "mmu"))) + tokenizer.text_length
     fitted = {"vocab_size": tokenizer.vocab_size, "max_length": longest, "image_start": tokenizer.image_start}
+    if is_pretrained(init):
+        config, _ = pretrained_config(init)
+        known = config.image_start < config.vocab_size     # a plain Phi or Llama knows of no image codes
+        theirs = config.backbone, config.vocab_size, config.image_start if known else tokenizer.image_start
+        ours = tokenizer.backbone, tokenizer.vocab_size, tokenizer.image_start
+        if ours != theirs:
+            raise ValueError(f"backbone, vocabulary and first image code of --data are {ours}, of --init {init} "
+                             f"{theirs}: prepare the data with the --backbone, --text and --codes of these weights")
+        return replace(config, max_length=longest, image_start=tokenizer.image_start)
     if preset in PUBLISHED:
         config = ModelConfig.preset(preset)
         if config.backbone != tokenizer.backbone:
@@ -206,7 +217,7 @@ def held_out(config: Config, shards: Shards, counts: dict, ranks: Ranks) -> list
 def begin(job: Job) -> Run:
     """A new run, or the newest whole checkpoint of --out brought back. ValueError when the settings do not fit it."""
     config, shards = job.config, job.shards
-    sizes = model_config(config.preset, shards.tokenizer)
+    sizes = model_config(config.preset, shards.tokenizer, config.init)
     given = Plan.load(config.plan) if config.plan else None
     path, facts = from_first(lambda: find_start(job, given))
     plan = Plan(**facts["plan"]) if path else given
@@ -230,9 +241,18 @@ def begin(job: Job) -> Run:
     return run
 
 
+def is_pretrained(path: str) -> bool:
+    """Is this a folder of Hugging Face?"""
+    return bool(path) and (Path(path) / "config.json").is_file()
+
+
 def initial(path: str, sizes: ModelConfig, plan: Plan) -> UnifiedTransformer:
-    """The weights of --init, a file or a checkpoint's folder, with fresh routers. ValueError when they do not fit."""
+    """The weights of --init with fresh routers: of a file, of Hugging Face's folder or a checkpoint's. ValueError when
+    they do not fit."""
     folder = Path(path)
+    if is_pretrained(path):
+        model = load_pretrained(path, torch.float32)
+        return model.with_plan(plan, max_length=sizes.max_length, image_start=sizes.image_start)
     if not folder.is_dir():
         return load_weights(path, sizes, plan)
     if wrong := checkpoints.broken(folder):

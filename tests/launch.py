@@ -29,6 +29,7 @@ def changed(*changes, rank=0):
     term: this rank gets a SIGTERM after the step; fail: an error; nan: the loss of that step is no number on this rank.
     """
     kept = torch.cpu._is_avx512_bf16_supported, Run.advance, full.model_config, Objective.forward
+    numbers = full.SWITCH, full.SHOWN, full.CALIBRATION
     full.SWITCH, full.SHOWN, full.CALIBRATION = {"t2i": 6, "mmu": 6, "lm": 6}, 1, 4
     torch.cpu._is_avx512_bf16_supported = lambda: False
     here, now = {what: steps for what, steps, on in (c for c in changes if c != "dropout") if on == rank}, [0]
@@ -53,6 +54,7 @@ def changed(*changes, rank=0):
         yield
     finally:
         torch.cpu._is_avx512_bf16_supported, Run.advance, full.model_config, Objective.forward = kept
+        full.SWITCH, full.SHOWN, full.CALIBRATION = numbers
 
 
 def work(rank, world, ports, jobs):

@@ -4,12 +4,17 @@ The ids are those of showlab/Show-o (training/prompting_utils.py) and baaivision
 processing_emu3.py). A stand-in has the sizes of the published tokenizers; where transformers is installed, small ones
 that it trains itself come beside it.
 """
+import json
+import sys
+
+import numpy as np
 import pytest
 import torch
 
 from helpers import tiny
-from unimod_mini import HFText, ModelConfig, Tokenizer, UnifiedTransformer, generate_text
-from unimod_mini.tokenizer import IGNORE, Palette
+from unimod_mini import Codes, HFText, ModelConfig, Palette, Tokenizer, UnifiedTransformer, generate_text, prepare
+from unimod_mini.shards import Shards, text_ids
+from unimod_mini.tokenizer import IGNORE
 
 END = "<|endoftext|>"
 EXTRAS = [END, "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)), "<|image token|>",
@@ -40,8 +45,8 @@ class StandIn:
             text = text[1 + merged:]
         return ids
 
-    def decode(self, ids, skip_special_tokens):
-        assert skip_special_tokens is True
+    def decode(self, ids, skip_special_tokens, clean_up_tokenization_spaces):
+        assert skip_special_tokens is True and clean_up_tokenization_spaces is False       # "a ?" must come back
         hidden = set(self.specials.values())
         return "".join(self.pairs[i - 1000] if i >= 1000 else chr(i) for i in ids if i not in hidden)
 
@@ -53,13 +58,6 @@ def phi():
 def emu3():
     specials = {token: 151643 + i for i, token in enumerate(EXTRAS)} | {"<|visual token 000000|>": 151854}
     return StandIn(specials, 151854 + 32768)
-
-
-class Codes:
-    """An image codec of so many codes, for pictures that are codes already."""
-
-    def __init__(self, n_codes):
-        self.n_codes = n_codes
 
 
 def tokenizer(backbone, grid=(1, 2), text_length=8):
@@ -143,9 +141,42 @@ def test_another_tokenizer_is_refused(text, backbone, message):
         HFText(text(), backbone)
 
 
-def test_it_cannot_be_stored():
-    """A checkpoint has no place for it, and says so."""
-    with pytest.raises(ValueError, match="only WordText or ByteText .* not HFText"):
+@pytest.mark.parametrize("backbone, question", [("showo", "USER: \nfox? ASSISTANT:"), ("emu3", "fox?")])
+def test_chat(backbone, question):
+    """Show-o's question as its inference_mmu.py asks it; Emu3's layout asks by itself; a blank before an answer."""
+    text = tokenizer(backbone).text
+    assert text.chat("fox?", "yes") == (question, " yes") and text.chat("fox?")[0] == question
+
+
+def test_a_text_is_counted_as_it_is_laid_out():
+    """The merge across the seam counts: three letters and a mark are one id less with ". ASSISTANT:" behind them."""
+    tokens = tokenizer("emu3", text_length=4)
+    assert tokens.room("mmu") == 3
+    for question, answer, fits in (("abc", "", True), ("abc?", "", True), ("abcd", "", False), ("ab?", "b", True),
+                                   ("abc?", "b", False)):
+        lay_out = lambda: tokens.mmu([question], [answer], torch.tensor([[[0, 1]]]))
+        for check in (lambda: tokens.check_text("mmu", question, answer), lay_out):
+            if fits:
+                check()
+            else:
+                with pytest.raises(ValueError, match="over the budget"):
+                    check()
+
+
+def test_texts_that_do_not_come_back(monkeypatch):
+    """A record keeps ids and the loader reads texts: one whose ids do not give it back is refused, not changed."""
+    tokens = tokenizer("showo")
+    assert text_ids(tokens, "mmu", "fox", "a") == (ids("fox"), ids("a"))
+    encode = tokens.text.tokenizer.encode
+    monkeypatch.setattr(tokens.text.tokenizer, "encode", lambda text, **more: [
+        i for part in text.replace(END, "\0").split("\0") for i in (50256, *encode(part, **more))][1:])
+    with pytest.raises(ValueError, match=r"the ids of 'a<\|endoftext\|>b' do not give it back: is a special token"):
+        text_ids(tokens, "mmu", "fox", f"a{END}b")
+
+
+def test_a_slow_tokenizer_cannot_be_stored():
+    """It has no tokenizer.json."""
+    with pytest.raises(ValueError, match="a StandIn cannot be stored: take a fast tokenizer"):
         tokenizer("showo").state()
 
 
@@ -186,3 +217,45 @@ def test_a_tokenizer_of_transformers(trained, backbone):
     config = tiny(backbone, vocab_size=tokens.vocab_size, image_start=tokens.image_start, max_length=120)
     answer = generate_text(UnifiedTransformer(config), tokens, torch.zeros(4, 4, 3, dtype=torch.uint8), "what is this?")
     assert isinstance(answer, str)
+
+
+@pytest.mark.parametrize("backbone", ["showo", "emu3"])
+def test_it_is_stored_in_a_data_set(trained, tmp_path, backbone):
+    """prepare --text FOLDER: the tokenizer lies in the data set and gives the ids of the one in the folder; questions
+    are asked as the published weights know them, and text with a special token is left out by name."""
+    hf = trained(backbone)
+    hf.save_pretrained(tmp_path / "hf")
+    (tmp_path / "a").mkdir()
+    texts = ["a red fox", "größer ?  , 's", f"a {END} b"]
+    for i, text in enumerate(texts):
+        np.save(tmp_path / "a" / f"{i}.npy", np.arange(4).reshape(2, 2))
+    (tmp_path / "a" / "metadata.jsonl").write_text("\n".join(
+        json.dumps({"file_name": f"{i}.npy", "text": text}) for i, text in enumerate(texts)))
+    given = [tmp_path / "a", tmp_path / "out", "--image", "codes", "--codes", 4, "--size", 2, "--held", 0]
+    prepare.main(list(map(str, [*given, "--workers", 1, "--backbone", backbone, "--text", tmp_path / "hf"])))
+    shards, text = Shards(tmp_path / "out"), HFText(hf, backbone)
+    tokens, own = shards.tokenizer, Tokenizer(backbone, text, Codes(4), (2, 2), 128)
+    assert (tokens.special, tokens.vocab_size, tokens.image_start) == (own.special, own.vocab_size, own.image_start)
+    for string in (*texts, "what is this?. ASSISTANT:", "\n\t  x <|extra_203|>"):
+        assert tokens.text.encode(string) == text.encode(string)
+        assert tokens.text.decode(text.encode(string)) == text.decode(text.encode(string))
+    rows = [shards.sample("mmu", i) for i in range(shards.count("mmu"))]
+    wanted = [text.chat("Please describe this image.", x) for x in texts[:2]]
+    assert [(row.question, row.answer) for row in rows] == wanted
+    assert [shards.sample("t2i", i).question for i in range(shards.count("t2i"))] == texts[:2]
+    assert (tmp_path / "out" / "skipped.txt").read_text().count("do not give it back: is a special token in it?") == 2
+
+
+def test_what_is_no_tokenizer(tmp_path):
+    """A name that is nowhere: one line."""
+    pytest.importorskip("transformers")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty is no tokenizer of Hugging Face: "):
+        HFText.from_pretrained(str(tmp_path / "empty"), "showo")
+
+
+def test_without_transformers(monkeypatch):
+    """The error names the pip command."""
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match="pip install transformers"):
+        HFText.from_pretrained("microsoft/phi-1_5", "showo")

@@ -17,14 +17,14 @@ from helpers import tar_of
 from test_emoji import write_archives
 from benchmarks import emoji as judged
 from unimod_mini import (VQ, ByteText, ModelConfig, Palette, Tokenizer, UnifiedTransformer, WordText, chunks, prepare,
-                         save_checkpoint, vq)
+                         emoji, save_checkpoint, vq)
+from unimod_mini.codec import cut_patches
 from unimod_mini.data import read_image
 from unimod_mini.emoji import CREDITS
 from unimod_mini.prepare import main, parser
 from unimod_mini.shards import Shards
 from unimod_mini.show import read_png
 from unimod_mini.sources import DESCRIBE, Skipped, read_source, share
-from unimod_mini.tokenizer import cut_patches
 
 Image = pytest.importorskip("PIL.Image")
 TINY = "--size 8 --image palette --codes 16 --workers 1".split()
@@ -157,7 +157,7 @@ def test_npm_that_fails_is_named(tmp_path, monkeypatch):
     def fails(style, into):
         raise subprocess.CalledProcessError(1, "npm")
     for npm in (fails, lambda style, into: (_ for _ in ()).throw(RuntimeError("npm is missing"))):
-        monkeypatch.setattr(prepare, "npm_pack", npm)
+        monkeypatch.setattr(emoji, "npm_pack", npm)
         with pytest.raises(SystemExit, match="error: the emoji cannot be fetched: .*npm.*the same command tries again"):
             run("emoji", tmp_path / "out", *TINY)
 
@@ -586,7 +586,7 @@ def test_emoji_end_to_end(tmp_path, monkeypatch):
     def pack(style, into):
         fetched.append(style)
         return write_archives(Path(into))[style]
-    monkeypatch.setattr(prepare, "npm_pack", pack)
+    monkeypatch.setattr(emoji, "npm_pack", pack)
     options = ["emoji", tmp_path / "out", *TINY, "--scenes", 150, "--held", 0.2, "--backbone", "showo"]
     run(*options)
     shards = Shards(tmp_path / "out")
@@ -618,7 +618,7 @@ def test_the_sheet_shows_originals_on_top(tmp_path):
 
 def test_the_judge_of_emoji_runs(tmp_path, monkeypatch, capsys):
     """benchmarks/emoji.py: the judge learns what tells the styles apart; noise and empty answers are found out."""
-    monkeypatch.setattr(prepare, "npm_pack", lambda style, into: write_archives(Path(into))[style])
+    monkeypatch.setattr(emoji, "npm_pack", lambda style, into: write_archives(Path(into))[style])
     run("emoji", tmp_path / "data", *TINY, "--scenes", 40, "--held", 0.2)
     tokens = Shards(tmp_path / "data").tokenizer
     torch.manual_seed(0)

@@ -3,15 +3,16 @@
 import warnings
 
 from .cache import Cache
+from .codec import ByteText, Codes, HFText, Palette, WordText
 from .config import ModelConfig
 from .data import Pictures, load_image_folder
 from .flops import count_flops, flops_ratio
 from .generate import generate_image, generate_text
 from .layer_switch import METHODS, arank_table, layer_switch, plan_for_budget, plan_from_arank
-from .pretrained import HFText, load_pretrained, save_pretrained
+from .pretrained import load_pretrained, save_pretrained
 from .routers import Plan
 from .shapes import World
-from .tokenizer import Batch, ByteText, Palette, Tokenizer, WordText
+from .tokenizer import Batch, Tokenizer
 from .trainer import (calibrate, load_checkpoint, make_optimizers, predictor_report, save_checkpoint, seed_everything,
                       train_step)
 from .transformer import UnifiedTransformer

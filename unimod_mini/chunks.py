@@ -1,7 +1,7 @@
 """The working folder of prepare.py: pictures as they were decoded, in chunks that are finished or not there.
 
     records-000000.jsonl   one line an entry of the source; written last, it marks the chunk as finished
-    pixels-000000.npy      uint8 (m, S, S, 3), the pictures that no entry before had
+    pixels-000000.npy      uint8 (m, S, S, 3), the pictures that no entry before had; int32 (m, h, w) if they are codes
     codes-000000.npy       uint16 or int32 (m, h, w), the same pictures as the codec encodes them
 
 A record is {"key", "skipped": why} or {"key", "picture": number, "pixels": hash, "split", "kind", "texts": [[task,
@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .files import whole_file
-from .sources import Item, decode, share
+from .sources import Item, decode, picture_type, share
 
 CHUNK = 1024                       # entries
 OPEN = 64                          # arrays that are kept open, a file descriptor each
@@ -67,7 +67,7 @@ class Chunks:
         return self.folder / f"{kind}-{chunk:06d}.{'jsonl' if kind == 'records' else 'npy'}"
 
     def array(self, kind: str, chunk: int):
-        """Pixels (m, S, S, 3) or codes (m, h, w) of a chunk, memory-mapped."""
+        """The pictures of a chunk, memory-mapped."""
         if (kind, chunk) not in self.open:
             if len(self.open) == OPEN:
                 del self.open[next(iter(self.open))]       # the one that was opened first
@@ -101,14 +101,15 @@ class Chunks:
                 raise ValueError(f"the source changed since {self.folder.parent} was begun, {record['key']} is now "
                                  f"{entry.key if entry else 'its end'}: choose another folder")
 
-    def read(self, entries, size: int, held: float, workers: int) -> None:
+    def read(self, entries, size: int, held: float, workers: int, n_codes: int | None = None) -> None:
         """Entries (sources.py) -> the chunks that are missing. held: share of the pictures that is held out, where an
-        entry does not say itself on which side it is."""
+        entry does not say itself on which side it is; n_codes: pictures are codes below this, None: pixels."""
+        dtype, shape = picture_type(size, n_codes)
         memory = Memory(self, held)
         self.pass_over(entries)
         with pool_map(workers) as map_, tqdm(desc="pictures", unit="picture", initial=self.starts[-1]) as bar:
             while chunk := list(islice(entries, CHUNK)):
-                decoded = iter(map_(decode, [(entry, size) for entry in chunk if isinstance(entry, Item)]))
+                decoded = iter(map_(decode, [(entry, size, n_codes) for entry in chunk if isinstance(entry, Item)]))
                 records, pixels = [], []
                 for entry in chunk:
                     picture = next(decoded) if isinstance(entry, Item) else entry.why
@@ -117,10 +118,10 @@ class Chunks:
                     else:
                         records.append(memory.record(entry, picture, self.starts[-1], pixels))
                     bar.update()
-                self.append(records, np.frombuffer(b"".join(pixels), np.uint8).reshape(-1, size, size, 3))
+                self.append(records, np.frombuffer(b"".join(pixels), dtype).reshape(-1, *shape))
 
     def append(self, records: list, pixels) -> None:
-        """One more chunk; pixels: uint8 (m, S, S, 3)."""
+        """One more chunk; pixels: (m, S, S, 3), or codes."""
         self.save("pixels", len(self), pixels)
         with whole_file(self.path("records", len(self))) as file:
             file.writelines(json.dumps(record) + "\n" for record in records)

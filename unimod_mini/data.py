@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from .codec import Palette
 from .shapes import Prompt, Question
-from .tokenizer import Palette
 
 METADATA = "metadata.jsonl"
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # at most 8 bits a channel

@@ -22,6 +22,7 @@ that an unseen name could not be learnt.
 import argparse
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -241,6 +242,20 @@ def npm_pack(style: str, into) -> Path:
         raise RuntimeError("npm is missing (it only fetches): install Node.js, https://nodejs.org")
     subprocess.run([npm, "pack", f"{package}@{VERSION}", "--loglevel=error"], cwd=into, check=True)
     return Path(into) / f"{package}-{VERSION}.tgz"
+
+
+def fetch_emoji(folder: Path) -> dict:
+    """{style: .tgz} in this folder, fetched through npm unless they are there. ValueError when npm cannot."""
+    archives = {style: folder / f"{style}-{VERSION}.tgz" for style in STYLES}
+    for style, archive in archives.items():
+        if not archive.exists():
+            print(f"fetching the {style} emoji, about 70 MB")
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                try:
+                    os.replace(npm_pack(style, scratch), archive)
+                except (RuntimeError, subprocess.CalledProcessError) as error:
+                    raise ValueError(f"the emoji cannot be fetched: {error}; the same command tries again") from error
+    return archives
 
 
 def fetch_folder(folder, count: int = 200) -> int:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .cache import Cache
+from .codec import Codes, HFText
 from .tokenizer import Batch, Tokenizer
 from .transformer import UnifiedTransformer, inference
 
@@ -154,7 +155,8 @@ def generate_text(model: UnifiedTransformer, tokenizer: Tokenizer, image: Tensor
 @inference
 def generate_image(model: UnifiedTransformer, tokenizer: Tokenizer, prompt, routing: str = "causal",
                    temperature: float = 1.0, guidance: float = 0.0, steps: int = 12, seed: int = 0) -> Tensor:
-    """Draw pictures from captions: uint8 (H, W, 3) for a str, (B, H, W, 3) for a list of str.
+    """Draw pictures from captions: uint8 (H, W, 3) for a str, (B, H, W, 3) for a list of str; the codes themselves,
+    long (h, w) or (B, h, w), where the tokenizer's image codec is Codes.
 
     guidance w > 0 pushes away from the picture without a caption: c + w (c - u). steps: of Show-o's parallel decoding,
     not read for Emu3.
@@ -261,8 +263,8 @@ def parallel_model(model, batch, routing: str, n: int):
 def parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser("python -m unimod_mini.generate", description="Draw a prompt or answer a question.")
     out.add_argument("--checkpoint", required=True, help="checkpoint.pt of train_toy.py, or model.pt of train_full.py")
-    out.add_argument("--prompt", help="draw this, in the terminal and as a PNG")
-    out.add_argument("--image", help="a picture file to answer --question on")
+    out.add_argument("--prompt", help="draw this, in the terminal and as a PNG (codes: as an .npy)")
+    out.add_argument("--image", help="a picture file (codes: an .npy) to answer --question on")
     out.add_argument("--question", help='such as "what color is the ring ?"')
     out.add_argument("--explain", action="store_true", help="show which tokens each routed layer kept")
     out.add_argument("--routing", choices=("causal", "topk"), default="causal")
@@ -297,7 +299,7 @@ def main(argv=None) -> None:
 
 def run(args) -> None:
     """Draw or answer as the command line says, and show it."""
-    from .show import enlarged, read_png, terminal, write_png               # pictures need pillow, generating does not
+    from .show import enlarged, read_codes, read_png, terminal, write_codes, write_png    # pictures need pillow
     from .trainer import find_device, load_checkpoint, precision
     if not Path(args.out).absolute().parent.is_dir() or Path(args.out).is_dir():
         raise ValueError(f"--out {args.out}: there is no folder {Path(args.out).parent}, or it is itself a folder")
@@ -308,6 +310,7 @@ def run(args) -> None:
     if "tokenizer" not in stored:
         raise ValueError(f"{args.checkpoint} holds no tokenizer: save_checkpoint(.., tokenizer=tokenizer.state())")
     tokenizer = Tokenizer.from_state(stored["tokenizer"])
+    codes = isinstance(tokenizer.image, Codes)             # nothing to see
     if args.steps is not None and tokenizer.backbone != "showo":
         raise ValueError(f"--steps {args.steps}: {args.checkpoint} draws token by token, leave it out")
     with precision(device):
@@ -315,18 +318,23 @@ def run(args) -> None:
             given = {"temperature": args.temperature, "guidance": args.guidance, "steps": args.steps}
             options = stored.get("drawing", {}) | {name: x for name, x in given.items() if x is not None}
             image = generate_image(model, tokenizer, args.prompt, args.routing, seed=args.seed, **options)
-            print(terminal(image[None]))
-            write_png(enlarged(image), args.out)
-            print(f"{args.out} written")
+            if codes:
+                print(write_codes(image, f"{args.out[:-4]}.npy"))
+            else:
+                write_png(enlarged(image), args.out)
+                print(f"{terminal(image[None])}\n{args.out} written")
             batch, task = tokenizer.t2i([args.prompt], tokenizer.image.encode(image[None])), "t2i"
         else:
             patch = tokenizer.image.patch
-            image = read_png(args.image, tokenizer.grid[0] * patch, tokenizer.grid[1] * patch)
-            answer = generate_text(model, tokenizer, image, args.question, args.routing, args.temperature or 0.0,
+            image = read_codes(args.image) if codes else read_png(args.image, *(n * patch for n in tokenizer.grid))
+            question = tokenizer.text.chat(args.question)[0] if isinstance(tokenizer.text, HFText) else args.question
+            answer = generate_text(model, tokenizer, image, question, args.routing, args.temperature or 0.0,
                                    seed=args.seed, top_k=args.top_k, top_p=1.0 if args.top_p is None else args.top_p)
-            print(f"{terminal(image[None])}\n{args.question} {answer}")
+            if not codes:
+                print(terminal(image[None]))
+            print(f"{args.question} {answer}")
             picture = tokenizer.image_ids(tokenizer.image.encode(image[None]))[0].tolist()
-            ids = torch.tensor([tokenizer.mmu_prompt(args.question, picture) + tokenizer.text.encode(answer)])
+            ids = torch.tensor([tokenizer.mmu_prompt(question, picture) + tokenizer.text.encode(answer)])
             batch, task = Batch(ids, mmu_spans(tokenizer, torch.ones_like(ids) == 1), None, ids), "mmu"
         if args.explain:
             explain(model, tokenizer, batch.to(device), task, args.routing, args.out)

@@ -16,7 +16,7 @@ import torch
 from .files import whole_file
 from .flops import batch_flops, peak_flops
 from .generate import generate_image, generate_text
-from .show import save_png
+from .show import save_png, write_codes
 
 
 class Journal:
@@ -129,7 +129,8 @@ def line(row: dict, steps: int) -> str:
 
 
 def samples(model, tokenizer, drawn: list, asked: list, drawing: dict, path: Path) -> str:
-    """Draw the captions of the samples `drawn`, answer the questions of `asked`: a PNG and a .txt. Returns the text."""
+    """Draw the captions of the samples `drawn`, answer the questions of `asked`: a PNG and a .txt. Returns the text.
+    Where pictures are codes: an .npy of them, (n, h, w), for the tokenizer that they are of."""
     sheet, texts = [], [sample.question for sample in drawn]
     if drawn:
         sheet.append(generate_image(model, tokenizer, texts, **drawing))
@@ -143,4 +144,6 @@ def samples(model, tokenizer, drawn: list, asked: list, drawing: dict, path: Pat
     path.parent.mkdir(parents=True, exist_ok=True)
     images, text = torch.cat(sheet), "\n".join(texts)
     path.with_suffix(".txt").write_text(text + "\n")
+    if images.dim() == 3:
+        return f"{text}\n{write_codes(images, path.with_suffix('.npy'))}"
     return f"{text}\n{save_png(images, texts, path.with_suffix('.png'), max(1, 128 // images.shape[1]))}"

@@ -10,6 +10,9 @@ Four stages, each of which leaves complete files in OUT/work, so that the same c
 Beside the shards: reconstruction.png (originals over what the codes draw), skipped.txt (what was left out, and why),
 held.jsonl (the held-out samples in the order of the shards, with what each tests), NOTICE (credits, for emoji).
 
+For weights that others trained, --text takes their text tokenizer, and with --image codes the pictures come as .npy
+files of --size x --size codes of their image tokenizer: stage 2 has nothing to do then, and nothing is reconstructed.
+
 Departure from the usual: a picture that occurs again, by its pixels, is stored once and keeps the split of its first
 occurrence, so that no picture is on both sides. The split is a hash of the key, so that more data moves nothing.
 
@@ -20,9 +23,7 @@ import argparse
 import json
 import math
 import os
-import subprocess
 import sys
-import tempfile
 from collections import Counter
 from itertools import chain, islice
 from pathlib import Path
@@ -34,18 +35,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .chunks import Chunks
-from .emoji import CREDITS, STYLES, VERSION, Emoji, check_size, npm_pack, write_notice
+from .codec import ByteText, Codes, HFText, Palette, WordText
+from .emoji import CREDITS, Emoji, check_size, fetch_emoji, write_notice
 from .files import whole_file
-from .shards import Sample, write_shards
+from .shards import Sample, text_ids, write_shards
 from .show import pillow, save_png
-from .sources import ACCEPTED, read_source
-from .tokenizer import ByteText, Palette, Tokenizer, WordText
+from .sources import ACCEPTED, DESCRIBE, read_source
+from .tokenizer import Tokenizer
 from .trainer import find_device
 from .vq import VQ, measure, train_vq
 
 QUANTIZERS = {"vq": "nearest", "lfq": "lfq"}
+TRAINED = (*QUANTIZERS, "palette")
 FIT, JUDGE = 20_000, 1000          # pictures that the codec is trained and judged on, at most
-BYTES = 256                        # text budget of ByteText unless given
+BUDGET = {"bytes": 256, "other": 128}    # text budget unless given; Show-o was pretrained with 128
+CAPTION = "Please describe this image."  # what a published model is asked where the words of a caption are the answer
 DEFAULTS = {"patch": 4, "codes": 1024, "width": 48, "vq_steps": 2000, "scenes": 20_000}      # of what not all jobs read
 
 
@@ -53,28 +57,15 @@ DEFAULTS = {"patch": 4, "codes": 1024, "width": 48, "vq_steps": 2000, "scenes": 
 # 1. Pictures
 # --------------------------------------------------------------------------------------------------------------
 
-def fetch_emoji(folder: Path) -> dict:
-    """{style: .tgz} in this folder, fetched through npm unless they are there. ValueError when npm cannot."""
-    archives = {style: folder / f"{style}-{VERSION}.tgz" for style in STYLES}
-    for style, archive in archives.items():
-        if not archive.exists():
-            print(f"fetching the {style} emoji, about 70 MB")
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                try:
-                    os.replace(npm_pack(style, scratch), archive)
-                except (RuntimeError, subprocess.CalledProcessError) as error:
-                    raise ValueError(f"the emoji cannot be fetched: {error}; the same command tries again") from error
-    return archives
-
-
 def read_pictures(args, chunks: Chunks) -> None:
     """The entries of all sources, one after the other, into chunks."""
     if args.sources == ["emoji"]:
         world = Emoji(fetch_emoji(chunks.folder), args.size, args.scenes, args.held, args.limit, args.seed)
         chunks.read(iter(world), args.size, args.held, workers=1)            # they are pixels already
     else:
-        entries = chain.from_iterable(read_source(source, args.image_root) for source in args.sources)
-        chunks.read(islice(entries, args.limit), args.size, args.held, args.workers)
+        codes = args.image == "codes"
+        entries = chain.from_iterable(read_source(source, args.image_root, codes) for source in args.sources)
+        chunks.read(islice(entries, args.limit), args.size, args.held, args.workers, args.codes if codes else None)
 
 
 def by_split(chunks: Chunks) -> dict:
@@ -107,8 +98,8 @@ def make_codec(args, chunks: Chunks, train: list):
     """The image tokenizer: stored by an earlier call, loaded from --image, or trained on pictures of `train`."""
     path, training = chunks.folder / "codec.pt", chunks.folder / "training.pt"
     if not path.exists():
-        codec = (fit_codec(args, chunks, train, training) if args.image in (*QUANTIZERS, "palette")
-                 else load_codec(args.image))
+        codec = (Codes(args.codes) if args.image == "codes" else load_codec(args.image) if args.image not in TRAINED
+                 else fit_codec(args, chunks, train, training))
         with whole_file(path, "wb") as file:
             torch.save(Tokenizer("showo", ByteText(), codec, (1, 1), 3).state(), file)
     training.unlink(missing_ok=True)                       # here: a kill behind codec.pt leaves it
@@ -179,10 +170,15 @@ def judge_codec(chunks: Chunks, codec, numbers: dict, out: Path, seed: int) -> d
 # --------------------------------------------------------------------------------------------------------------
 
 def make_tokenizer(args, chunks: Chunks, codec) -> Tokenizer:
-    """Words of the data, or bytes, with the layouts of --backbone; words get the budget that the longest text needs."""
-    grid = (args.size // codec.patch, args.size // codec.patch)
-    if (args.text or ("words" if args.sources == ["emoji"] else "bytes")) == "bytes":
-        return Tokenizer(args.backbone, ByteText(), codec, grid, args.text_length or BYTES, "USER: ", " ASSISTANT: ")
+    """Words of the data, bytes or a published tokenizer, with the layouts of --backbone; words get the budget that the
+    longest text needs."""
+    grid, kind = (args.size // codec.patch, args.size // codec.patch), text_kind(args)
+    if kind == "bytes":
+        budget = args.text_length or BUDGET["bytes"]
+        return Tokenizer(args.backbone, ByteText(), codec, grid, budget, "USER: ", " ASSISTANT: ")
+    if kind != "words":
+        text = HFText.from_pretrained(kind, args.backbone)
+        return Tokenizer(args.backbone, text, codec, grid, args.text_length or BUDGET["other"])
     words, longest = set(), 0
     for _, question, answer in (text for record in chunks.used() for text in record["texts"]):
         both = question.split() + answer.split()
@@ -192,14 +188,20 @@ def make_tokenizer(args, chunks: Chunks, codec) -> Tokenizer:
     return Tokenizer(args.backbone, text, codec, grid, args.text_length or longest + 2, "USER:", "ASSISTANT:")
 
 
+def text_kind(args) -> str:
+    """words, bytes, or the name of a tokenizer."""
+    return args.text or ("words" if args.sources == ["emoji"] else "bytes")
+
+
 def samples(chunks: Chunks, tokenizer: Tokenizer, split: str, task: str, total: int, skipped: list, listing):
     """The samples of a split and task in the order of the sources; those over the text budget go to `skipped`."""
     texts = ((record, text[1], text[2]) for record in chunks.used() if record["split"] == split
              for text in record["texts"] if text[0] == task)
     for record, question, answer in tqdm(texts, f"{split} {task}", total, unit="sample"):
+        if task == "mmu" and isinstance(tokenizer.text, HFText):
+            question, answer = tokenizer.text.chat(CAPTION if question == DESCRIBE else question, answer)
         try:
-            ids = tokenizer.text.encode(question) + tokenizer.text.encode(answer)
-            tokenizer.fit_text(ids, tokenizer.room(task), f"{question} {answer}".strip())
+            text_ids(tokenizer, task, question, answer)
         except ValueError as error:
             skipped.append((record["key"], str(error)))
             continue
@@ -236,15 +238,17 @@ def parser() -> argparse.ArgumentParser:
     cli.add_argument("sources", metavar="SOURCE", nargs="+", help="what to read; several go into one data set")
     cli.add_argument("out", metavar="OUT", help="a new or an empty folder, or one that was begun with the same options")
     cli.add_argument("--backbone", choices=("showo", "emu3"), default="emu3", help="whose layouts (emu3)")
-    cli.add_argument("--size", type=int, default=32, help="pixels a side (32)")
-    cli.add_argument("--image", default="vq", help="vq or lfq (trained), palette (k-means), or a tokenizer.pt (vq)")
+    cli.add_argument("--size", type=int, default=32, help="pixels a side, or codes with --image codes (32)")
+    cli.add_argument("--image", default="vq", help="vq or lfq (trained), palette (k-means), a tokenizer.pt, or codes: "
+                                                   "the pictures are .npy files of them (vq)")
     cli.add_argument("--patch", type=int, help="pixels a side that one code stands for (4)")
-    cli.add_argument("--codes", type=int, help="how many codes (1024)")
+    cli.add_argument("--codes", type=int, help="how many codes (1024); needed with --image codes")
     cli.add_argument("--width", type=int, help="channels of the VQ (48)")
     cli.add_argument("--vq-steps", type=int, help="training steps of the VQ (2000)")
-    cli.add_argument("--text", choices=("words", "bytes"), help="words of the data (emoji), or bytes (anything else)")
+    cli.add_argument("--text", help="words of the data (emoji), bytes (anything else), or a tokenizer of Hugging Face: "
+                                    "microsoft/phi-1_5 for Show-o, BAAI/Emu3-Chat-hf, or a folder")
     cli.add_argument("--text-length", type=int, help="text budget; longer texts are left out (words: the longest; "
-                                                     f"bytes: {BYTES})")
+                                                     f"bytes: {BUDGET['bytes']}; others: {BUDGET['other']})")
     cli.add_argument("--held", type=float, default=0.05, help="share that is held out (0.05)")
     cli.add_argument("--limit", type=int, help="the first so many entries; emoji: so many concepts")
     cli.add_argument("--scenes", type=int, help="emoji: composed scenes (20000)")
@@ -260,8 +264,8 @@ def fill_in(args) -> None:
     """Sets the defaults of the options that were not given. ValueError for one that was given and is not read."""
     questions = any(Path(source).suffix in (".json", ".jsonl") for source in args.sources)
     for name, is_read, why in (
-            ("patch", args.image in (*QUANTIZERS, "palette"), f"{args.image} has its own"),
-            ("codes", args.image in (*QUANTIZERS, "palette"), f"{args.image} has its own"),
+            ("patch", args.image in TRAINED, f"{args.image} has its own"),
+            ("codes", args.image in (*TRAINED, "codes"), f"{args.image} has its own"),
             ("width", args.image in QUANTIZERS, f"--image {args.image} trains no VQ"),
             ("vq_steps", args.image in QUANTIZERS, f"--image {args.image} trains no VQ"),
             ("scenes", args.sources == ["emoji"], "only emoji has scenes"),
@@ -277,25 +281,32 @@ def check(args) -> None:
     for name in ("size", "patch", "codes", "width", "vq_steps", "workers", "limit", "text_length"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    stored = None if args.image in (*QUANTIZERS, "palette") else load_codec(args.image)
+    stored = None if args.image in (*TRAINED, "codes") else load_codec(args.image)
+    if args.image == "codes" and args.codes is None:
+        raise ValueError("--image codes: say how many there are, --codes 8192 for Show-o, --codes 32768 for Emu3")
     fill_in(args)
     if not 0 <= args.held < 1 or args.scenes < 0:
         raise ValueError(f"expected 0 <= --held < 1 and --scenes of 0 or more, got {args.held} and {args.scenes}")
     if args.sources == ["emoji"]:
+        if args.image == "codes":
+            raise ValueError("--image codes: emoji are pixels, choose vq, lfq or palette")
         check_size(args.size)
     elif "emoji" in args.sources:
         raise ValueError("emoji is a data set of its own: name no other source beside it (a folder: ./emoji)")
     else:
         for source in args.sources:
             read_source(source, args.image_root)
+    if text_kind(args) not in ("words", "bytes"):
+        HFText.from_pretrained(args.text, args.backbone).state()             # raises what would fail later
     if args.image in QUANTIZERS:
         VQ(args.codes, args.patch, width=1, quantizer=QUANTIZERS[args.image])                # raises its own errors
     elif stored:
         args.patch = stored.patch
-    if args.size % args.patch:
+    if args.image != "codes" and args.size % args.patch:
         raise ValueError(f"--size {args.size} does not divide into patches of {args.patch} pixels")
     find_device(args.device)
-    pillow()
+    if args.image != "codes":
+        pillow()
 
 
 def begin(args, out: Path) -> dict:
@@ -303,7 +314,7 @@ def begin(args, out: Path) -> dict:
     ValueError when it was begun with other options."""
     options = {name: value for name, value in vars(args).items() if name not in ("out", "workers", "device")}
     resolved = lambda name, *words: name if name in words else str(Path(name).resolve())    # photos is ./photos
-    options |= {"image": resolved(args.image, *QUANTIZERS, "palette"), "image_root": args.image_root and resolved(
+    options |= {"image": resolved(args.image, *TRAINED, "codes"), "image_root": args.image_root and resolved(
         args.image_root), "sources": [resolved(source, "emoji") for source in args.sources]}
     settings = out / "work" / "options.json"
     if settings.exists() or (out / "dataset.json").exists():
@@ -338,7 +349,7 @@ def prepare(args) -> dict:
     print(f"{chunks.starts[-1]} different pictures, {len(numbers['held'])} of them held out")
     codec = make_codec(args, chunks, numbers["train"])
     write_codes(chunks, codec)
-    quality = judge_codec(chunks, codec, numbers, out, args.seed)
+    quality = {} if args.image == "codes" else judge_codec(chunks, codec, numbers, out, args.seed)
     tokenizer = make_tokenizer(args, chunks, codec)
     about = {"options": options, "pictures": {split: len(those) for split, those in numbers.items()},
              "reconstruction": quality}

@@ -7,7 +7,7 @@ What Hugging Face has no name for, the plan, routers, predictors and thresholds,
 and unimod.safetensors. What the two sides call differently is said once, in NAMES and FIELDS, and read in both
 directions. What this code cannot compute is refused: loading never returns another function than the file's.
 
-`HFText` makes their text tokenizers the text codec of a Tokenizer, with the published ids.
+Their texts and pictures as ids: codec.HFText and codec.Codes.
 
 Sources: transformers 5.24 (models/phi, llama, emu3), showlab/Show-o (models/modeling_showo.py, phi.py) and
 baaivision/Emu3 (emu3/mllm/configuration_emu3.py). Legend: ours, our state dict and ModelConfig; theirs, Hugging Face's.
@@ -151,53 +151,6 @@ def showo_config(config: dict) -> ModelConfig:
 
 
 # --------------------------------------------------------------------------------------------------------------
-# Texts
-# --------------------------------------------------------------------------------------------------------------
-
-# tokens of Emu3's own vocabulary (baaivision/Emu3, emu3/mllm/tokenization_emu3.py), the first image code among them
-EMU3_TOKENS = {"[PAD]": "<|endoftext|>", "BOS": "<|extra_203|>", "EOS": "<|extra_204|>", "boi": "<|image start|>",
-               "img": "<|image token|>", "EOL": "<|extra_200|>", "EOF": "<|extra_201|>", "eoi": "<|image end|>",
-               "image codes": "<|visual token 000000|>"}
-
-
-class HFText:
-    """A text tokenizer of Hugging Face as the text codec of a Tokenizer, whose ids are then those that were published.
-
-        HFText(AutoTokenizer.from_pretrained("microsoft/phi-1_5"), "showo")      # as it is, no token added
-        HFText(AutoTokenizer.from_pretrained("BAAI/Emu3-Chat-hf"), "emu3")
-
-    showo: sot and eot are its bos and eos, [PAD], soi .. lvg and the image codes follow behind its last id
-    (showlab/Show-o, training/prompting_utils.py). emu3: all special tokens are among its own, the image codes end it.
-    Raises ValueError for a tokenizer that lacks one of them.
-    """
-    merges = True                                          # a token may span the end of one text and the next's start
-
-    def __init__(self, tokenizer, backbone: str):
-        if backbone not in NAMES:
-            raise ValueError(f"HFText: backbone must be showo or emu3, got {backbone!r}")
-        showo, self.tokenizer = backbone == "showo", tokenizer
-        names = {"sot": tokenizer.bos_token, "eot": tokenizer.eos_token} if showo else EMU3_TOKENS
-        ids = {name: self.find(token) for name, token in names.items()}
-        if lacking := [f"{name} ({names[name]})" for name, i in ids.items() if i is None]:
-            raise ValueError(f"HFText: this tokenizer is not that of {backbone}, it lacks {', '.join(lacking)}")
-        if showo and self.find("[PAD]") is not None:
-            raise ValueError("HFText: this tokenizer has a [PAD] already, whose id is given out here: load it anew")
-        self.size = ids.pop("image codes", len(tokenizer))
-        self.special = ids
-
-    def find(self, token: str | None) -> int | None:
-        """The id of a token, None where there is none (Hugging Face says then: the unknown one)."""
-        unknown, i = self.tokenizer.unk_token, token and self.tokenizer.convert_tokens_to_ids(token)
-        return None if i is None or (token != unknown and i == self.tokenizer.unk_token_id) else i
-
-    def encode(self, text: str) -> list:
-        return self.tokenizer.encode(text, add_special_tokens=False)
-
-    def decode(self, ids) -> str:
-        return self.tokenizer.decode([i for i in ids if 0 <= i < self.size], skip_special_tokens=True)
-
-
-# --------------------------------------------------------------------------------------------------------------
 # Files
 # --------------------------------------------------------------------------------------------------------------
 
@@ -270,24 +223,29 @@ def state_from(files: list, model: UnifiedTransformer, dtype) -> dict:
     return state
 
 
+def pretrained_config(path) -> tuple[ModelConfig, Plan | None]:
+    """The sizes of a folder of Hugging Face or of save_pretrained, and its plan if it has one. Errors as below."""
+    folder, plan = Path(path), None
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{path} is not a folder; fetch a checkpoint by: hf download NAME --local-dir FOLDER")
+    with reading(folder / "config.json") as stored:
+        config = config_from_hf(stored)
+    if (ours := folder / "unimod.json").exists():
+        with reading(ours) as stored:
+            plan, config = Plan(**stored.pop("plan")), replace(config, **stored)
+            if plan.n_layer != config.n_layer:
+                raise ValueError(f"the plan has {plan.n_layer} layers, the model {config.n_layer}")
+    return config, plan
+
+
 def load_pretrained(path, dtype: torch.dtype | None = None) -> UnifiedTransformer:
     """A folder, of Hugging Face or of save_pretrained -> the model, on the CPU, dense unless the folder has a plan.
 
     In eval mode. dtype None keeps the file's: float32 or bfloat16 to train, not float16. The weights are the file's own
     pages, never in memory twice. FileNotFoundError for what is not there, ValueError for what is refused.
     """
-    folder, plan = Path(path), None
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{path} is not a folder; fetch a checkpoint by: hf download NAME --local-dir FOLDER")
-    with reading(folder / "config.json") as stored:
-        config = config_from_hf(stored)
-    files = weight_files(folder)
-    if (ours := folder / "unimod.json").exists():
-        with reading(ours) as stored:
-            plan, config = Plan(**stored.pop("plan")), replace(config, **stored)
-            if plan.n_layer != config.n_layer:
-                raise ValueError(f"the plan has {plan.n_layer} layers, the model {config.n_layer}")
-        files.append(folder / "unimod.safetensors")
+    (config, plan), folder = pretrained_config(path), Path(path)
+    files = weight_files(folder) + ([folder / "unimod.safetensors"] if plan else [])
     with torch.device("meta"):
         model = UnifiedTransformer(config, plan)
     model.load_state_dict(state_from(files, model, dtype), assign=True)

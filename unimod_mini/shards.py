@@ -133,13 +133,25 @@ def write_shard(path: Path, header: dict, rows) -> int:
     return count
 
 
+def text_ids(tokenizer: Tokenizer, task: str, question: str, answer: str) -> tuple[list, list]:
+    """The ids of a sample's question and answer. ValueError for a text that does not fit, or that ids do not give back
+    (Hugging Face's tokenizers read "<|endoftext|>" in a text as the token)."""
+    ids = tokenizer.text.encode(question), tokenizer.text.encode(answer)
+    for text, those in zip((question, answer), ids):
+        if tokenizer.text.encode(tokenizer.text.decode(those)) != those:
+            raise ValueError(f"the ids of {text!r} do not give it back: is a special token in it?")
+    tokenizer.check_text(task, question, answer)
+    tokenizer.fit_text(sum(ids, []), text_columns(tokenizer, task), f"{question} {answer}".strip())
+    return ids
+
+
 def record(tokenizer: Tokenizer, task: str, question: str, answer: str, codes: Tensor | None) -> list:
     """One sample -> n_question, n_answer, S text ids, N codes."""
-    asked, answered = tokenizer.text.encode(question), tokenizer.text.encode(answer)
-    if answered and task != "mmu" or (codes is None) != (task == "lm"):
+    if answer and task != "mmu" or (codes is None) != (task == "lm"):
         raise ValueError(f"a sample of {task} has {'no picture' if task == 'lm' else 'a picture'} and "
                          f"{'an' if task == 'mmu' else 'no'} answer: {question!r}, {answer!r}")
-    text = tokenizer.fit_text(asked + answered, tokenizer.room(task), f"{question} {answer}".strip())
+    asked, answered = text_ids(tokenizer, task, question, answer)
+    text = asked + answered
     if codes is not None:
         tokenizer.image_ids(codes[None])                                     # checks the grid and the range
     padding = [0] * (text_columns(tokenizer, task) - len(text))

@@ -5,6 +5,7 @@ Legend: B pictures, H and W pixels, h and w rows and columns of image codes, T t
 
 import textwrap
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,6 +63,23 @@ def enlarged(image: Tensor, least: int = 96) -> Tensor:
     return image.repeat_interleave(k, 0).repeat_interleave(k, 1)
 
 
+def write_codes(codes: Tensor, path) -> str:
+    """Codes (.., h, w) as an .npy, for the tokenizer that they are of. Returns what was done."""
+    with whole_file(path, "wb") as file:
+        np.save(file, codes.cpu().numpy())
+    return f"{path} written, the codes of {'x'.join(map(str, codes.shape))}"
+
+
+def read_codes(path) -> Tensor:
+    """The .npy of a picture's codes, long (h, w). ValueError names the file when it is none."""
+    try:
+        return torch.as_tensor(np.load(path, allow_pickle=False)).long()
+    except FileNotFoundError:
+        raise
+    except Exception as error:                             # numpy raises EOFError, TokenError, MemoryError ..
+        raise ValueError(f"{path} cannot be read as codes, an .npy of integers (h, w): {error}") from error
+
+
 def write_png(image: Tensor, path) -> None:
     """One picture, uint8 (H, W, 3), written to a temporary name and renamed."""
     picture = pillow().fromarray(image.cpu().numpy())      # before the file: without pillow there is none
@@ -101,6 +119,8 @@ def kept_tokens(model, tokenizer, batch, task: str, routing: str = "causal") -> 
     is_code = (ids >= tokenizer.image_start) & (ids < tokenizer.image_end)
     codes = (ids[is_code] - tokenizer.image_start).view(1, *tokenizer.grid).cpu()
     image = tokenizer.image.decode(codes)[0]
+    if image.dim() == 2:                                   # codes, of which nothing can be seen: black patches
+        image = torch.zeros(*image.shape, 3, dtype=torch.uint8)
     for layer, decision in enumerate(out.routing):
         if decision is None:
             continue

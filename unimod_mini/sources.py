@@ -5,8 +5,10 @@
     folder of .tar, or one .tar    WebDataset as img2dataset writes it: 000000001.jpg, .txt, .json
     questions.json or .jsonl       LLaVA: {"image": .., "conversations": [{"from": "human", "value": "<image> .."}, ..]}
 
-A caption gives two samples, draw it and describe it; a conversation gives one sample a turn. Departure from the usual:
-what cannot be used is part of the stream (`Skipped`), so that an entry has the same number whenever it is read.
+A picture is an image file or, when codes are asked for, an .npy of integers (h, w), its codes in a tokenizer that is
+not here. A caption gives two samples, draw it and describe it; a conversation gives one sample a turn. Departure from
+the usual: what cannot be used is part of the stream (`Skipped`), so that an entry has the same number whenever it is
+read.
 """
 
 import csv
@@ -17,10 +19,12 @@ import tarfile
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from .data import METADATA, _parse_line, check_row, cut, read_image
 
 DESCRIBE = "describe ?"
-SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
+SUFFIXES = {False: ("jpg", "jpeg", "png", "webp", "gif", "bmp"), True: ("npy",)}            # True: codes
 ACCEPTED = ("emoji, a folder with metadata.jsonl or captions.csv, a folder of .tar files, a .tar file, or a LLaVA "
             ".json or .jsonl of questions")
 
@@ -55,7 +59,7 @@ def captioned(key: str, picture, text: str) -> Item:
     return Item(key, picture, [("t2i", text, ""), ("mmu", DESCRIBE, text)])
 
 
-def read_source(source: str, image_root: str | None = None):
+def read_source(source: str, image_root: str | None = None, codes: bool = False):
     """The stream of a source: an iterator of Item and Skipped. ValueError or FileNotFoundError when it is no source."""
     path = Path(source)
     if path.is_dir():
@@ -63,11 +67,11 @@ def read_source(source: str, image_root: str | None = None):
             if (path / name).is_file():
                 return reader(path)
         if tars := sorted(path.glob("*.tar")):
-            return (entry for tar in tars for entry in webdataset(tar))
+            return (entry for tar in tars for entry in webdataset(tar, codes))
     elif not path.exists():
         raise FileNotFoundError(f"{source} does not exist; a source is {ACCEPTED}")
     elif path.suffix == ".tar":
-        return webdataset(path)
+        return webdataset(path, codes)
     elif path.suffix in (".json", ".jsonl"):
         return conversations(path, Path(image_root or path.parent))
     raise ValueError(f"{source} is no source that can be read: expected {ACCEPTED}")
@@ -104,7 +108,7 @@ def captions_csv(folder: Path):
             yield Skipped(f"captions.csv, line {table.line_num + 1}", f"the rest of it cannot be read ({error})")
 
 
-def webdataset(tar: Path):
+def webdataset(tar: Path, codes: bool = False):
     """The samples of a tar: neighbouring files that are called the same up to the first dot."""
     try:
         with tarfile.open(tar, "r:") as archive:           # plain: whoever decodes a picture reads it by its place
@@ -115,18 +119,18 @@ def webdataset(tar: Path):
                 if not part.isfile() or not stem:
                     continue
                 if (folder, stem) != key and parts:
-                    yield tar_sample(tar, archive, "/".join((tar.name, *filter(None, key))), parts)
+                    yield tar_sample(tar, archive, "/".join((tar.name, *filter(None, key))), parts, codes)
                     parts = {}
                 key, parts[suffix.lower()] = (folder, stem), part
             if parts:
-                yield tar_sample(tar, archive, "/".join((tar.name, *filter(None, key))), parts)
+                yield tar_sample(tar, archive, "/".join((tar.name, *filter(None, key))), parts, codes)
     except (tarfile.TarError, OSError, EOFError) as error:
         yield Skipped(tar.name, f"the rest of it cannot be read ({error}); expected a tar without compression")
 
 
-def tar_sample(tar: Path, archive, key: str, parts: dict):
+def tar_sample(tar: Path, archive, key: str, parts: dict, codes: bool):
     """{suffix: member} -> Item or Skipped. The caption is the .txt, else "caption" in the .json."""
-    picture = next((parts[suffix] for suffix in SUFFIXES if suffix in parts), None)
+    picture = next((parts[suffix] for suffix in SUFFIXES[codes] if suffix in parts), None)
     if picture is None:
         return Skipped(key, f"no picture among .{', .'.join(parts)}")
     read = lambda suffix: archive.extractfile(parts[suffix]).read()
@@ -183,16 +187,38 @@ def conversation(entry, root: Path, where: str):
     return Item(picture.relative_to(root).as_posix(), picture, texts)
 
 
+def picture_type(size: int, n_codes: int | None) -> tuple:
+    """(dtype, shape) of a picture: pixels, or codes when it is said how many there are."""
+    return (np.uint8, (size, size, 3)) if n_codes is None else (np.int32, (size, size))
+
+
 def decode(job):
-    """(item, size) -> the bytes of its uint8 (size, size, 3) picture, or a text that says why there is none."""
-    (key, picture, *_), size = job
+    """(item, size, n_codes) -> the bytes of its picture (picture_type), or a text that says why there is none."""
+    (key, picture, *_), size, n_codes = job
     if not isinstance(picture, (Path, Slice)):
         return picture.tobytes()
     try:
-        if isinstance(picture, Path):
+        if isinstance(picture, Slice):
+            with open(picture.path, "rb") as file:
+                file.seek(picture.offset)
+                picture = io.BytesIO(file.read(picture.size))
+        if n_codes is None:
             return read_image(picture, size, key).numpy().tobytes()
-        with open(picture.path, "rb") as file:
-            file.seek(picture.offset)
-            return read_image(io.BytesIO(file.read(picture.size)), size, key).numpy().tobytes()
+        return read_codes(picture, size, n_codes).tobytes()
     except (ValueError, OSError) as error:
         return str(error).removeprefix(f"{key}: ")
+
+
+def read_codes(file, size: int, n_codes: int):
+    """An .npy of integers -> int32 (size, size); (1, h, w), and all h w in one row, are taken as well."""
+    try:
+        codes = np.load(file, allow_pickle=False)
+        sides = [side for side in codes.shape if side != 1]                  # of an .npz: AttributeError
+    except Exception as error:                             # numpy raises EOFError, TokenError, MemoryError ..
+        raise ValueError(f"no .npy of codes ({error})") from error
+    if codes.dtype.kind not in "iu" or codes.size != size**2 or sides not in ([size, size], [size**2], []):
+        raise ValueError(f"codes are integers ({size}, {size}), this is {codes.dtype} {codes.shape}: --size says how "
+                         "many a side")
+    if codes.min() < 0 or codes.max() >= n_codes:
+        raise ValueError(f"codes lie in [{codes.min()}, {codes.max()}], expected [0, {n_codes}): --codes says how many")
+    return codes.astype(np.int32).reshape(size, size)

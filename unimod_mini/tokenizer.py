@@ -3,127 +3,25 @@
     showo: | text .. sot eot | [PAD] soi eoi sov eov t2i mmu t2v v2v lvg | image codes | mask |
     emu3:  | text .. | [PAD] BOS EOS boi img EOL EOF eoi | image codes |
 
-A `Tokenizer` is a text codec (WordText, ByteText, or pretrained.HFText, which has special ids of its own), an image
-codec (Palette, or vq.VQ) and a backbone, whose published layouts it follows (Show-o, arXiv 2408.12528; Emu3, arXiv
-2409.18869). Departure from the usual: `labels[i]` is what the logits at i must predict, already shifted where the
-objective is next-token and unshifted where it is masked diffusion, so that one cross-entropy serves both.
+A `Tokenizer` is a text codec, an image codec (codec.py, vq.py) and a backbone, whose published layouts it follows
+(Show-o, arXiv 2408.12528; Emu3, arXiv 2409.18869). Departure from the usual: `labels[i]` is what the logits at i must
+predict, already shifted where the objective is next-token and unshifted where it is masked diffusion, so that one
+cross-entropy serves both.
 
-Legend: B batch, T tokens, S text budget, N image tokens, h and w rows and columns of image codes, p patch side.
+Legend: B batch, T tokens, S text budget, N image tokens, h and w rows and columns of image codes.
 """
 
-import difflib
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .codec import ByteText, Codes, HFText, Palette, WordText, check_codes
 from .vq import VQ
 
 IGNORE = -100
 SPECIAL = {"showo": ("[PAD]", "soi", "eoi", "sov", "eov", "t2i", "mmu", "t2v", "v2v", "lvg"),
            "emu3": ("[PAD]", "BOS", "EOS", "boi", "img", "EOL", "EOF", "eoi")}
-
-
-class WordText:
-    """Ids for a fixed list of words, separated by blanks. decode(encode(x)) is x up to runs of blanks."""
-
-    def __init__(self, words):
-        self.words = list(dict.fromkeys(words))
-        self.ids = {word: i for i, word in enumerate(self.words)}
-        self.size = len(self.words)
-
-    def encode(self, text: str) -> list:
-        for word in text.split():
-            if word not in self.ids:
-                near = difflib.get_close_matches(word, self.words, 1)
-                raise ValueError(f"unknown word {word!r}" + (f", did you mean {near[0]!r}?" if near else ".")
-                                 + f" This tokenizer knows {self.size} words: {' '.join(self.words[:20])} ..")
-        return [self.ids[word] for word in text.split()]
-
-    def decode(self, ids) -> str:
-        return " ".join(self.words[i] for i in ids if 0 <= i < self.size)
-
-
-class ByteText:
-    """UTF-8 bytes as ids 0 to 255: any text, no vocabulary file."""
-    size = 256
-
-    def encode(self, text: str) -> list:
-        return list(text.encode("utf-8"))
-
-    def decode(self, ids) -> str:
-        return bytes(i for i in ids if 0 <= i < 256).decode("utf-8", errors="replace")
-
-
-class Palette:
-    """Image codes are the nearest of n fixed patches, (n, p, p, 3) uint8. Exact for images made of those patches."""
-
-    def __init__(self, patches):
-        self.patches = torch.as_tensor(patches, dtype=torch.uint8)
-        shape = self.patches.shape
-        if len(shape) != 4 or 0 in shape or shape[1] != shape[2] or shape[3] != 3:
-            raise ValueError(f"Palette: patches must be (n, p, p, 3), got {tuple(shape)}")
-        if (self.patches != torch.as_tensor(patches)).any():
-            raise ValueError("Palette: patches must be whole numbers from 0 to 255: multiply shares by 255 and round")
-        self.n_codes, self.patch = shape[:2]
-
-    def encode(self, images: Tensor) -> Tensor:
-        """images uint8 (B, H, W, 3) -> codes long (B, H/p, W/p). ValueError when H or W is no multiple of p."""
-        vectors = cut_patches(images, self.patch)                            # (B, h, w, 3 p p)
-        return nearest(vectors.flatten(0, 2), self.patches.flatten(1).float()).view(vectors.shape[:3])
-
-    def decode(self, codes: Tensor) -> Tensor:
-        """codes long (B, h, w) -> images uint8 (B, h p, w p, 3). ValueError for a code outside [0, n_codes)."""
-        check_codes(codes, self.n_codes)
-        (B, h, w), p = codes.shape, self.patch
-        return self.patches[codes].transpose(2, 3).reshape(B, h * p, w * p, 3)   # (B, h, w, p, p, 3) -> image
-
-    @classmethod
-    def fit(cls, images: Tensor, n_codes: int = 256, patch: int = 2, rounds: int = 10, seed: int = 0) -> "Palette":
-        """k-means on the patches of real images (uint8 (B, H, W, 3)); empty clusters restart at random patches.
-
-        ValueError for n_codes or patch below 1, and for images that do not divide into patches.
-        """
-        if n_codes < 1 or patch < 1:
-            raise ValueError(f"Palette.fit: n_codes and patch must be at least 1, got {n_codes} and {patch}")
-        h, w = cut_patches(images[:1], patch).shape[1:3]                     # raises what does not fit
-        patches = images.unflatten(2, (w, patch)).unflatten(1, (h, patch)).transpose(2, 3)   # a view (B, h, w, p, p, 3)
-        generator = torch.Generator().manual_seed(seed)
-        chosen = torch.randperm(len(images) * h * w, generator=generator)[:50_000]
-        vectors = patches[torch.unravel_index(chosen, patches.shape[:3])].flatten(1).float()           # (M, 3 p p)
-        centres = vectors.unique(dim=0)
-        centres = centres[torch.randperm(len(centres), generator=generator)[:n_codes]]
-        for _ in range(rounds):
-            owner = nearest(vectors, centres)
-            count = torch.bincount(owner, minlength=len(centres))
-            mean = torch.zeros_like(centres).index_add_(0, owner, vectors) / count.clamp(min=1)[:, None]
-            fresh = vectors[torch.randint(len(vectors), (len(centres),), generator=generator)]
-            centres = torch.where(count[:, None] > 0, mean, fresh)
-        return cls(centres.round().view(-1, patch, patch, 3))
-
-
-def nearest(vectors: Tensor, centres: Tensor) -> Tensor:
-    """argmin_c |v - c|^2, (M,) long; in pieces, so that the distances stay below 2^22 numbers."""
-    step = max(1, 2**22 // len(centres))
-    return torch.cat([torch.cdist(part, centres, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
-                      for part in vectors.split(step)])
-
-
-def cut_patches(images: Tensor, patch: int) -> Tensor:
-    """uint8 (B, H, W, 3) -> float (B, H/p, W/p, 3 p p)."""
-    if images.dim() != 4 or images.shape[3] != 3 or images.dtype != torch.uint8 or 0 in images.shape:
-        raise ValueError(f"images must be uint8 (B, H, W, 3), got {images.dtype} {tuple(images.shape)}")
-    B, H, W, _ = images.shape
-    if H % patch or W % patch:
-        raise ValueError(f"images of {H}x{W} pixels do not divide into patches of {patch}: resize them")
-    return images.reshape(B, H // patch, patch, W // patch, patch, 3).transpose(2, 3).flatten(3).float()
-
-
-def check_codes(codes: Tensor, n_codes: int) -> None:
-    if codes.dtype != torch.long:
-        raise ValueError(f"image codes must be long, got {codes.dtype}: .long() converts other integers")
-    if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= n_codes):
-        raise ValueError(f"image codes lie in [{int(codes.min())}, {int(codes.max())}], expected [0, {n_codes})")
 
 
 def check_rows(rows, *texts) -> None:
@@ -180,22 +78,33 @@ class Tokenizer:
 
     def state(self) -> dict:
         """Plain data and tensors from which `from_state` makes this tokenizer again, for checkpoints and data sets.
-        ValueError for a codec that is none of WordText, ByteText, Palette and VQ."""
-        vq = isinstance(self.image, VQ)
-        if not isinstance(self.text, (WordText, ByteText)) or not (vq or isinstance(self.image, Palette)):
-            raise ValueError(f"only WordText or ByteText with Palette or VQ can be stored, not "
-                             f"{type(self.text).__name__} with {type(self.image).__name__}: save its weights apart")
-        weights = {name: x.detach().cpu().clone() for name, x in self.image.state_dict().items()} if vq else None
-        return {"backbone": self.backbone, "words": getattr(self.text, "words", None), "grid": list(self.grid),
-                "text_length": self.text_length, "system": self.system, "assistant": self.assistant,
-                "patches": None if vq else self.image.patches,
-                "vq": {"config": self.image.config(), "weights": weights} if vq else None}
+        ValueError for codecs of other classes than this package's."""
+        text, image = self.text, self.image
+        if not isinstance(text, (WordText, ByteText, HFText)) or not isinstance(image, (Palette, VQ, Codes)):
+            raise ValueError(f"WordText, ByteText or HFText with Palette, VQ or Codes can be stored, not "
+                             f"{type(text).__name__} with {type(image).__name__}: save its weights apart")
+        state = {"backbone": self.backbone, "words": getattr(text, "words", None), "grid": list(self.grid),
+                 "text_length": self.text_length, "system": self.system, "assistant": self.assistant,
+                 "patches": getattr(image, "patches", None), "vq": None}
+        if isinstance(text, HFText):
+            state["hf"] = text.state()
+        if isinstance(image, Codes):
+            state["codes"] = image.n_codes
+        if isinstance(image, VQ):
+            weights = {name: x.detach().cpu().clone() for name, x in image.state_dict().items()}
+            state["vq"] = {"config": image.config(), "weights": weights}
+        return state
 
     @classmethod
     def from_state(cls, state: dict) -> "Tokenizer":
         """The tokenizer that `state` describes; the global generator is left as it was."""
-        text = ByteText() if state["words"] is None else WordText(state["words"])
-        if stored := state.get("vq"):                                        # absent from older checkpoints
+        if "hf" in state:
+            text = HFText.from_state(state["hf"], state["backbone"])
+        else:
+            text = ByteText() if state["words"] is None else WordText(state["words"])
+        if "codes" in state:
+            image = Codes(state["codes"])
+        elif stored := state.get("vq"):                                      # absent from older checkpoints
             with torch.random.fork_rng(devices=[]):
                 image = VQ(**stored["config"]).eval()
             image.load_state_dict(stored["weights"])
@@ -245,6 +154,14 @@ class Tokenizer:
 
     def image_footer(self) -> list:
         return [self.special[name] for name in (("eoi",) if self.backbone == "showo" else ("EOF", "eoi"))]
+
+    def check_text(self, task: str, question: str, answer: str = "") -> None:
+        """ValueError, quoting the text, when it does not fit into a sequence of this task. t2i, lm: no answer."""
+        emu3_mmu = (self.backbone, task) == ("emu3", "mmu")
+        asked = self.question_ids(question) if emu3_mmu else self.text.encode(question)
+        apart = len(self.text.encode(self.assistant)) if emu3_mmu else 0     # no part of the budget
+        ids = (asked + self.text.encode(answer))[apart:]
+        self.fit_text(ids, self.room(task), f"{question} {answer}".strip())
 
     def fit_text(self, ids: list, budget: int, text: str | None = None) -> list:
         """The ids, or a ValueError that quotes the text when they are over the budget."""
