@@ -6,8 +6,9 @@
     python benchmarks/choices.py membership
 
 method: UniMoD; the same keep ratios for the layers in the order of what the loss gains from each, instead of ARank's
-order (by loss); UniMoD's plan without routers, tokens kept by their position alone, spread evenly (by place); and the
-other methods of the comparison (layer_switch.plan_for_budget). measure: what counts as rank in ARank, with its
+order (by loss); UniMoD with a plan whose every row meets the budget, so that no task saves more than another (by task);
+UniMoD's plan without routers, tokens kept by their position alone, spread evenly (by place); and the other methods of
+the comparison (layer_switch.plan_for_budget). measure: what counts as rank in ARank, with its
 tolerance; even: no ARank, the same keep in every layer but the first, which is dense. gate, membership: the values of
 the config field, all with UniMoD's plan. --only runs some of the choices; --budget is that of train_toy.py when not
 given.
@@ -24,7 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import train_toy as toy  # noqa: E402
 from unimod_mini import (METHODS, Plan, arank_table, calibrate, flops_ratio, load_checkpoint,  # noqa: E402
-                         plan_for_budget, predictor_report, save_checkpoint)
+                         plan_for_budget, plan_from_arank, predictor_report, save_checkpoint)
 from unimod_mini.analysis import layer_importance  # noqa: E402
 from unimod_mini.evaluate import evaluate  # noqa: E402
 from unimod_mini.flops import bisect  # noqa: E402
@@ -34,7 +35,7 @@ from unimod_mini.routers import GATES, GOLDEN, MEMBERSHIP_WEIGHT, TaskRouter  # 
 MEASURES = ("energy 0.1", "energy 0.01", "rank 0.1", "rank 0.01", "rank 1e-7")    # of arank, with their tolerances
 FIELDS = {"gate": tuple(GATES), "membership": tuple(MEMBERSHIP_WEIGHT),
           "measure": (*MEASURES, "even"),
-          "method": (METHODS[0], "by loss", "by place", *METHODS[1:])}
+          "method": (METHODS[0], "by loss", "by task", "by place", *METHODS[1:])}
 FRESH, SEEN = 256, 128           # sequences of each task: for losses and agreement, for thresholds
 NAMES = ("saved", "ce t2i", "ce t2i c.", "ce mmu", "ce mmu c.", "t2i", "t2i c.", "mmu", "mmu c.", "agreement", "base rate")
 
@@ -137,6 +138,9 @@ def variant(field: str, choice: str, table: dict, config, lengths: dict, budget:
     """The plan of this choice, and what it changes in the config."""
     if choice == "even":
         return even(config, lengths, budget), {}
+    if choice == "by task":
+        rows = {task: plan_from_arank({task: row}, config, {task: lengths[task]}, budget) for task, row in table.items()}
+        return Plan({task: plan.keep[task] for task, plan in rows.items()}), {}
     plan = plan_for_budget(choice if choice in METHODS else "unimod", table, config, lengths, budget)
     return plan, {field: choice} if field in ("gate", "membership") else {}
 

@@ -45,6 +45,8 @@ def test_the_methods_of_the_comparison():
     saved = {name: 1 - choices.flops_ratio(config, plan, lengths, "train") for name, (plan, changes) in plans.items()}
     for name in ("unimod", "by loss", "by place", "one_router", "one_plan", "mod"):
         assert saved[name] == pytest.approx(0.4, abs=5e-3)
+    rows = {task: 1 - choices.flops_ratio(config, plans["by task"][0], {task: lengths[task]}) for task in lengths}
+    assert rows == {task: pytest.approx(0.4, abs=2e-3) for task in lengths}
     assert 0 == saved["dense"] < saved["early_exit"] < saved["interleaved"]
     plan, _ = choices.variant("measure", "even", table, config, lengths, 0.6)
     assert plan.keep["t2i"] == plan.keep["mmu"] == (1.0, *[plan.keep["t2i"][1]] * 7) and not plan.shared_router

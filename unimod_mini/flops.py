@@ -200,11 +200,12 @@ def main(argv=None) -> None:
     from .published import comparisons
     argv = sys.argv[1:] if argv is None else argv
     try:
-        print(report(parser().parse_args(argv)) if argv else comparisons())
+        text = report(parser().parse_args(argv)) if argv else comparisons()
     except OSError as error:
         sys.exit(f"error: {error.filename}: {error.strerror}; --plan takes a file or one of {', '.join(BASELINES)}")
     except ValueError as error:
         sys.exit(f"error: {error}")
+    print(text)
 
 
 if __name__ == "__main__":
