@@ -28,12 +28,12 @@ from unimod_mini.flops import flops_ratio
 from unimod_mini.journal import Clock, Journal, figures, line, samples
 from unimod_mini.layer_switch import BY_ARANK, least_cost, show_table
 from unimod_mini.objectives import TASK_WEIGHTS
-from unimod_mini.pretrained import load_pretrained, pretrained_config
+from unimod_mini.pretrained import pretrained_config
 from unimod_mini.routers import TASKS
 from unimod_mini.run import Run, share_out, to_device
 from unimod_mini.settings import help_of, listing, nearest, overrides
 from unimod_mini.shards import Loader, Shards
-from unimod_mini.trainer import find_device, load_weights, precision, precision_name
+from unimod_mini.trainer import find_device, precision, precision_name
 
 # --------------------------------------------------------------------------------------------------------------
 # Settings
@@ -65,7 +65,7 @@ class Config:
     data: str = ""                 # the folder that python -m unimod_mini.prepare wrote
     out: str = "out/full"          # where everything is written: model.pt, checkpoints/, samples/, metrics.jsonl ..
     preset: str = "laptop"         # sizes, with their settings: tiny, laptop, base, or a name of ModelConfig.preset
-    init: str = ""                 # begin with these weights: model.pt, a checkpoint; Hugging Face's folder sets sizes
+    init: str = ""                 # begin with these weights: a run, a checkpoint; Hugging Face's folder sets the sizes
     plan: str = ""                 # UniMoD with this plan from the first step; "": dense, then the layer switch
     resume: str = "no"             # or auto: go on from the newest whole checkpoint of --out, if there is any
     steps: int = 2000              # of both stages together
@@ -128,7 +128,7 @@ def model_config(preset: str, tokenizer, init: str = "") -> ModelConfig:
     Face. ValueError for another backbone or, there, another vocabulary."""
     longest = max(map(tokenizer.length, ("t2i", "mmu"))) + tokenizer.text_length
     fitted = {"vocab_size": tokenizer.vocab_size, "max_length": longest, "image_start": tokenizer.image_start}
-    if is_pretrained(init):
+    if checkpoints.is_pretrained(init):
         config, _ = pretrained_config(init)
         known = config.image_start < config.vocab_size     # a plain Phi or Llama knows of no image codes
         theirs = config.backbone, config.vocab_size, config.image_start if known else tokenizer.image_start
@@ -231,7 +231,7 @@ def begin(job: Job) -> Run:
     with torch.device("cpu" if job.loads else "meta"):
         model = UnifiedTransformer(sizes, plan)
     if config.init and not path and job.loads:
-        model = initial(config.init, sizes, model.plan)
+        model = checkpoints.begin_with(config.init, sizes, model.plan)
     torch.manual_seed(config.seed * 1_000_003 + job.ranks.rank)              # but its own dropout
     place = (facts["stage"], facts["step"], facts["since"]) if path else ("unimod" if plan else "dense",)
     run = Run(model, config, job.device, job.lengths, *place)
@@ -239,30 +239,6 @@ def begin(job: Job) -> Run:
         checkpoints.load(path, run.tensors(), job.ranks)
         job.say(f"going on from {path}, {run.step} of {config.steps} steps done, stage {run.stage}")
     return run
-
-
-def is_pretrained(path: str) -> bool:
-    """Is this a folder of Hugging Face?"""
-    return bool(path) and (Path(path) / "config.json").is_file()
-
-
-def initial(path: str, sizes: ModelConfig, plan: Plan) -> UnifiedTransformer:
-    """The weights of --init with fresh routers: of a file, of Hugging Face's folder or a checkpoint's. ValueError when
-    they do not fit."""
-    folder = Path(path)
-    if is_pretrained(path):
-        model = load_pretrained(path, torch.float32)
-        return model.with_plan(plan, max_length=sizes.max_length, image_start=sizes.image_start)
-    if not folder.is_dir():
-        return load_weights(path, sizes, plan)
-    if wrong := checkpoints.broken(folder):
-        raise ValueError(f"--init {path} is no whole checkpoint: {wrong}")
-    before = Plan(**checkpoints.facts(folder)["plan"])
-    if before.n_layer != sizes.n_layer:
-        raise ValueError(f"--init {path} has {before.n_layer} layers, the preset {sizes.n_layer}")
-    model = UnifiedTransformer(sizes, before)
-    checkpoints.read(folder, {f"model.{name}": tensor for name, tensor in model.state_dict().items()}, alone=True)
-    return model.with_plan(plan)
 
 
 def find_start(job: Job, given: Plan | None) -> tuple:

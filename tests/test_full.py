@@ -383,17 +383,20 @@ def test_every_other_step_draws_with_the_predictors_choice(data, tmp_path):
     assert set(rules["t2i"][4:]) == set(rules["mmu"][4:]) == {"topk"}
 
 
-@pytest.mark.parametrize("backbone", ("showo", "emu3"))
-def test_init_takes_the_weights_and_nothing_else(data, tmp_path, backbone):
-    """--init with --plan: every weight but the routers' is the checkpoint's, bit by bit, the plan is the given one."""
+@pytest.mark.parametrize("backbone, init", (("showo", "run/model.pt"), ("emu3", "run/model.pt"), ("emu3", "run")))
+def test_init_takes_the_weights_and_nothing_else(data, tmp_path, backbone, init):
+    """--init with --plan: every weight but the routers' is the checkpoint's, bit by bit, the plan is the given one. The
+    folder of a run stands for its model.pt."""
     with changed():
         shards = full.Shards(data[backbone])
         old = build(full.model_config("tiny", shards.tokenizer), Plan({"t2i": (.3, 1), "mmu": (1, 1)}), dtype=torch.float32)
-        save_checkpoint(tmp_path / "old.pt", old)
+        (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+        (tmp_path / "run" / "config.json").write_text("{}")
+        save_checkpoint(tmp_path / "run" / "model.pt", old)
         plan = Plan({"t2i": (.5, 1), "mmu": (.4, 0)})
         plan.save(tmp_path / "plan.json")
         config = full.parse(["--data", str(data[backbone]), "--out", str(tmp_path / "out"), *TINY, "--init",
-                             str(tmp_path / "old.pt"), "--plan", str(tmp_path / "plan.json")])
+                             str(tmp_path / init), "--plan", str(tmp_path / "plan.json")])
         run = full.begin(full.make_job(config, Ranks(0, 1, 0), torch.device("cpu")))
     assert run.stage == "unimod" and run.model.plan == plan
     for name, weight in run.model.state_dict().items():

@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 import warnings
+from dataclasses import asdict
 from hashlib import sha256
 from math import isfinite
 from pathlib import Path
@@ -25,9 +26,14 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
+from .config import ModelConfig
 from .distributed import Ranks, from_first, local, wait_for_all
 from .files import whole_file
+from .pretrained import load_pretrained
+from .routers import Plan
 from .shards import HEADER
+from .trainer import load_checkpoint
+from .transformer import UnifiedTransformer
 
 FACTS = "run.json"
 
@@ -217,3 +223,38 @@ def load(path: Path, tensors: dict, ranks: Ranks) -> None:
         torch.set_rng_state(state["cpu"])
         if "cuda" in state and torch.cuda.is_available():
             torch.cuda.set_rng_state(state["cuda"])
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Weights to begin with
+# --------------------------------------------------------------------------------------------------------------
+
+def is_pretrained(path: str) -> bool:
+    """Is this a folder of Hugging Face? (The folder of a run has a config.json too.)"""
+    return bool(path) and (Path(path) / "config.json").is_file() and not (Path(path) / "checkpoints").exists()
+
+
+def begin_with(path: str, sizes: ModelConfig, plan: Plan) -> UnifiedTransformer:
+    """Weights of another run under this plan, with fresh routers; or of Hugging Face.
+
+    path: model.pt, or a run's folder that has one; checkpoint.pt of train_toy.py; a checkpoint (step-00000500); a folder
+    of Hugging Face. ValueError when their model is not one of these sizes.
+    """
+    folder, model_file = Path(path), Path(path) / "model.pt"
+    if is_pretrained(path):
+        model = load_pretrained(path, torch.float32)
+        return model.with_plan(plan, max_length=sizes.max_length, image_start=sizes.image_start)
+    if not folder.is_dir() or model_file.is_file():
+        model, _ = load_checkpoint(model_file if folder.is_dir() else path)
+        theirs = asdict(model.config)
+        if other := [f"{name} {theirs[name]} instead of {x}" for name, x in asdict(sizes).items() if theirs[name] != x]:
+            raise ValueError(f"{path} is another model than the preset and the data make: {', '.join(other)}")
+        return model.with_plan(plan)
+    if wrong := broken(folder):
+        raise ValueError(f"--init {path} is no whole checkpoint: {wrong}")
+    before = Plan(**facts(folder)["plan"])
+    if before.n_layer != sizes.n_layer:
+        raise ValueError(f"--init {path} has {before.n_layer} layers, the preset {sizes.n_layer}")
+    model = UnifiedTransformer(sizes, before)
+    read(folder, {f"model.{name}": tensor for name, tensor in model.state_dict().items()}, alone=True)
+    return model.with_plan(plan)

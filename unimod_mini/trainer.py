@@ -259,12 +259,3 @@ def load_checkpoint(path, device="cpu") -> tuple[UnifiedTransformer, dict]:
     except Exception as error:
         raise ValueError(f"{path} is not a checkpoint of unimod_mini: {error}") from error
     return model.to(device), stored
-
-
-def load_weights(path, config: ModelConfig, plan: Plan) -> UnifiedTransformer:
-    """A checkpoint's weights under another plan, with fresh routers. ValueError when its model has another config."""
-    model, _ = load_checkpoint(path)
-    here, there = asdict(config), asdict(model.config)
-    if other := [f"{name} {there[name]} instead of {value}" for name, value in here.items() if there[name] != value]:
-        raise ValueError(f"{path} is another model than the preset and the data make: {', '.join(other)}")
-    return model.with_plan(plan)
