@@ -125,9 +125,9 @@ def test_broken_codes_are_listed(tmp_path):
     run(folder, tmp_path / "out", *OPTIONS)
     skipped = (tmp_path / "out" / "skipped.txt").read_text().splitlines()
     reasons = {0: "codes are integers (3, 3), this is int64 (2, 3)", 1: "this is float64 (3, 3)", 2: "expected [0, 20)",
-               3: "expected [0, 20): --codes says how many", 4: "no .npy of codes", 5: "no .npy of codes",
-               6: "no .npy of codes", 7: "this is int64 (3, 1, 2)", 8: "no .npy of codes", 9: "this is int64 (0, 3)",
-               10: "no .npy of codes"}
+               3: "expected [0, 20)", 4: "no .npy of numbers (", 5: "no .npy of numbers (",
+               6: "no .npy of numbers (", 7: "this is int64 (3, 1, 2)", 8: "no .npy of numbers (", 9: "this is int64 (0, 3)",
+               10: "no .npy of numbers ("}
     assert len(skipped) == len(reasons)
     for i, why in reasons.items():
         assert skipped[i].startswith(f"{i}.npy: ") and why in skipped[i]
@@ -152,8 +152,8 @@ def test_one_code_a_picture(tmp_path):
     (["--codes", "20", "--width", "4"], "--width has no effect: --image codes trains no VQ"),
     ([], "--image codes: say how many there are, --codes 8192 for Show-o"),
     (["--codes", "20", "--size", "4"], r"no picture to train on: 12 entries were read; the first: 0.npy: codes are "
-                                       r"integers \(4, 4\), this is int64 \(3, 3\): --size says how many a side"),
-    (["--codes", "0"], "--codes must be at least 1")])
+                                       r"integers \(4, 4\), this is int64 \(3, 3\)"),
+    (["--codes", "0"], "--codes must be at least 1"), (["--codes", str(2**31)], "--codes must be below 2147483648")])
 def test_options_that_do_not_fit(tmp_path, more, message):
     """One line that says what to do."""
     with pytest.raises(SystemExit, match=f"error: .*{message}"):
@@ -161,8 +161,16 @@ def test_options_that_do_not_fit(tmp_path, more, message):
 
 
 def test_emoji_are_no_codes(tmp_path):
+    """They are pixels."""
     with pytest.raises(SystemExit, match="error: --image codes: emoji are pixels"):
         run("emoji", tmp_path / "out", *OPTIONS)
+
+
+def test_a_codec_of_codes_sees_no_pixels(job, tmp_path):
+    """--image tokenizer.pt of a data set of codes: refused before a picture is read."""
+    with pytest.raises(SystemExit, match=f"its pictures are codes, give --image codes --codes {N_CODES}"):
+        run(job[0] / "a", tmp_path / "out", "--image", job[0] / "shards" / "tokenizer.pt")
+    assert not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------- train_full.py on weights of Hugging Face's format
@@ -220,15 +228,20 @@ def test_from_codes_to_a_routed_model(job, tmp_path, capsys):
     drawn = np.load(tmp_path / "a" / "samples" / "step-00000004.npy")
     assert drawn.shape == (2, SIDE, SIDE) and drawn.min() >= 0 and drawn.max() < N_CODES       # drawn, and asked about
     common = ["--checkpoint", str(tmp_path / "a" / "model.pt"), "--device", "cpu", "--explain", "--out",
-              str(tmp_path / "x.png")]
+              str(tmp_path / "x.npy")]
     generate([*common, "--prompt", "picture 1"])
     assert "x.npy written, the codes of 3x3" in capsys.readouterr().out
     tokenizer = Tokenizer.from_state(stored["tokenizer"])
     want = generate_image(model, tokenizer, "picture 1", **stored["drawing"])
     assert np.array_equal(np.load(tmp_path / "x.npy"), want.numpy())
-    generate([*common, "--image", str(tmp_path / "x.npy"), "--question", "what ?"])
-    assert f"what ? {generate_text(model, tokenizer, want, 'what ?')}" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="error: .*metadata.jsonl cannot be read as codes"):
+    np.save(tmp_path / "row.npy", want.view(1, -1).numpy().astype(">u2"))       # as prepare takes them
+    for name in ("x.npy", "row.npy"):
+        generate([*common, "--image", str(tmp_path / name), "--question", "what ?"])
+        assert f"what ? {generate_text(model, tokenizer, want, 'what ?')}" in capsys.readouterr().out
+    np.save(tmp_path / "half.npy", want.numpy() + 0.5)
+    with pytest.raises(SystemExit, match=r"half.npy: codes are integers \(3, 3\), this is float64"):
+        generate([*common, "--image", str(tmp_path / "half.npy"), "--question", "what ?"])
+    with pytest.raises(SystemExit, match=r"error: .*metadata.jsonl: no .npy of numbers \(ValueError\)"):
         generate([*common, "--image", str(root / "a" / "metadata.jsonl"), "--question", "what ?"])
 
 
@@ -265,4 +278,4 @@ def test_decoding_names_nothing_of_the_machine(tmp_path):
     folder = folder_of(tmp_path / "a", 1)
     (folder / "0.npy").write_bytes(b"x")
     item, = read_source(folder, codes=True)
-    assert decode((item, SIDE, N_CODES)).startswith("no .npy of codes (")
+    assert decode((item, SIDE, N_CODES)).startswith("no .npy of numbers (")

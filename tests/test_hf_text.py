@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from helpers import tiny
-from unimod_mini import Codes, HFText, ModelConfig, Palette, Tokenizer, UnifiedTransformer, generate_text, prepare
-from unimod_mini.shards import Shards, text_ids
+from unimod_mini import ByteText, Codes, HFText, ModelConfig, Palette, Tokenizer, UnifiedTransformer, generate_text, prepare
+from unimod_mini.shards import Shards, text_ids, tokenizer_hash
 from unimod_mini.tokenizer import IGNORE
 
 END = "<|endoftext|>"
@@ -170,8 +170,33 @@ def test_texts_that_do_not_come_back(monkeypatch):
     encode = tokens.text.tokenizer.encode
     monkeypatch.setattr(tokens.text.tokenizer, "encode", lambda text, **more: [
         i for part in text.replace(END, "\0").split("\0") for i in (50256, *encode(part, **more))][1:])
-    with pytest.raises(ValueError, match=r"the ids of 'a<\|endoftext\|>b' do not give it back: is a special token"):
+    with pytest.raises(ValueError, match=r"the ids of 'a<\|endoftext\|>b' give back 'ab': is a special token in it"):
         text_ids(tokens, "mmu", "fox", f"a{END}b")
+    monkeypatch.setattr(tokens.text.tokenizer, "encode", lambda text, **more: [])          # a tokenizer without letters
+    with pytest.raises(ValueError, match=r"the ids of 'fox' give back ''"):
+        text_ids(tokens, "t2i", "fox", "")
+
+
+@pytest.mark.parametrize("question, back", [("A Fox", "a fox"), ("ﬁve  ½", "five 1⁄2"), ("", ""), (" ", "")])
+def test_case_blanks_and_forms_of_unicode_may_change(monkeypatch, question, back):
+    """What a tokenizer's normaliser does to a text is no reason to leave it out."""
+    tokens = tokenizer("showo")
+    monkeypatch.setattr(tokens.text, "decode", lambda ids: back)
+    monkeypatch.setattr(tokens.text, "encode", lambda text: [1, 2])
+    assert text_ids(tokens, "t2i", question, back) == ([1, 2], [1, 2])
+
+
+def test_what_is_no_unicode():
+    """A lone surrogate, from broken JSON or a command line, is a ValueError, as in ByteText."""
+    for text in (tokenizer("showo").text, ByteText()):
+        with pytest.raises(ValueError, match="surrogates not allowed"):
+            text.encode("bad \ud800 text")
+
+
+def test_the_backbones_must_be_the_same():
+    """Show-o's texts in Emu3's layouts could be stored and never read back."""
+    with pytest.raises(ValueError, match="the text tokenizer is that of showo, not of emu3"):
+        Tokenizer("emu3", HFText(phi(), "showo"), Codes(5), (2, 2), 9)
 
 
 def test_a_slow_tokenizer_cannot_be_stored():
@@ -220,7 +245,7 @@ def test_a_tokenizer_of_transformers(trained, backbone):
 
 
 @pytest.mark.parametrize("backbone", ["showo", "emu3"])
-def test_it_is_stored_in_a_data_set(trained, tmp_path, backbone):
+def test_it_is_stored_in_a_data_set(trained, tmp_path, monkeypatch, backbone):
     """prepare --text FOLDER: the tokenizer lies in the data set and gives the ids of the one in the folder; questions
     are asked as the published weights know them, and text with a special token is left out by name."""
     hf = trained(backbone)
@@ -231,8 +256,10 @@ def test_it_is_stored_in_a_data_set(trained, tmp_path, backbone):
         np.save(tmp_path / "a" / f"{i}.npy", np.arange(4).reshape(2, 2))
     (tmp_path / "a" / "metadata.jsonl").write_text("\n".join(
         json.dumps({"file_name": f"{i}.npy", "text": text}) for i, text in enumerate(texts)))
-    given = [tmp_path / "a", tmp_path / "out", "--image", "codes", "--codes", 4, "--size", 2, "--held", 0]
-    prepare.main(list(map(str, [*given, "--workers", 1, "--backbone", backbone, "--text", tmp_path / "hf"])))
+    given = [tmp_path / "a", tmp_path / "out", "--image", "codes", "--codes", 4, "--size", 2, "--held", 0, "--workers", 1,
+             "--backbone", backbone]
+    run = lambda *more: prepare.main(list(map(str, more)))
+    run(*given, "--text", tmp_path / "hf")
     shards, text = Shards(tmp_path / "out"), HFText(hf, backbone)
     tokens, own = shards.tokenizer, Tokenizer(backbone, text, Codes(4), (2, 2), 128)
     assert (tokens.special, tokens.vocab_size, tokens.image_start) == (own.special, own.vocab_size, own.image_start)
@@ -243,15 +270,38 @@ def test_it_is_stored_in_a_data_set(trained, tmp_path, backbone):
     wanted = [text.chat("Please describe this image.", x) for x in texts[:2]]
     assert [(row.question, row.answer) for row in rows] == wanted
     assert [shards.sample("t2i", i).question for i in range(shards.count("t2i"))] == texts[:2]
-    assert (tmp_path / "out" / "skipped.txt").read_text().count("do not give it back: is a special token in it?") == 2
+    assert (tmp_path / "out" / "skipped.txt").read_text().count("give back") == 2
+    run(*given, "--text", tmp_path / "hf" / ".." / "hf")                    # the same folder: finished
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    for read in (lambda: Shards(tmp_path / "out"), lambda: prepare.load_codec(tmp_path / "out" / "tokenizer.pt")):
+        with pytest.raises(ImportError, match="pip install transformers"):
+            read()
 
 
-def test_what_is_no_tokenizer(tmp_path):
-    """A name that is nowhere: one line."""
+@pytest.mark.parametrize("backbone", ["showo", "emu3"])
+def test_a_state_outlives_versions_and_use(trained, backbone):
+    """What was stored is stored again, though this version of transformers would write it otherwise and a call may
+    switch stored truncation and padding off."""
+    hf = trained(backbone)
+    hf.backend_tokenizer.enable_truncation(3)
+    tokens = Tokenizer(backbone, HFText(hf, backbone), Codes(4), (2, 2), 20)
+    state = tokens.state()
+    state["hf"] = state["hf"] | {"json": json.dumps(json.loads(state["hf"]["json"]) | {"post_processor": None})}
+    again = Tokenizer.from_state(state)
+    assert len(again.text.encode("what is this red fox")) > 3
+    assert again.state() == state and tokenizer_hash(again) == tokenizer_hash(Tokenizer.from_state(state))
+    assert again.text.tokenizer.backend_tokenizer.to_str() != state["hf"]["json"]
+
+
+@pytest.mark.parametrize("file, content", [("x", ""), ("tokenizer.json", "{}"), ("tokenizer_config.json", "[]"),
+                                           ("config.json", '{"model_type": "phi", "architectures": ["PhiForCausalLM"]}')])
+def test_what_is_no_tokenizer(tmp_path, file, content):
+    """An empty folder, broken files, and weights without a tokenizer, of which transformers makes an empty one."""
     pytest.importorskip("transformers")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty is no tokenizer of Hugging Face: "):
-        HFText.from_pretrained(str(tmp_path / "empty"), "showo")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / file).write_text(content)
+    with pytest.raises(ValueError, match="folder is no tokenizer of Hugging Face: "):
+        HFText.from_pretrained(str(tmp_path / "folder"), "showo")
 
 
 def test_without_transformers(monkeypatch):

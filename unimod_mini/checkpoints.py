@@ -237,8 +237,8 @@ def is_pretrained(path: str) -> bool:
 def begin_with(path: str, sizes: ModelConfig, plan: Plan) -> UnifiedTransformer:
     """Weights of another run under this plan, with fresh routers; or of Hugging Face.
 
-    path: model.pt, or a run's folder that has one; checkpoint.pt of train_toy.py; a checkpoint (step-00000500); a folder
-    of Hugging Face. ValueError when their model is not one of these sizes.
+    path: model.pt, or a run's folder that has one; checkpoint.pt of train_toy.py; a checkpoint (step-00000500); a
+    folder of Hugging Face. ValueError when their model is not one of these sizes.
     """
     folder, model_file = Path(path), Path(path) / "model.pt"
     if is_pretrained(path):

@@ -72,7 +72,7 @@ class HFText:
     def __init__(self, tokenizer, backbone: str):
         if backbone not in ("showo", "emu3"):
             raise ValueError(f"HFText: backbone must be showo or emu3, got {backbone!r}")
-        showo, self.tokenizer = backbone == "showo", tokenizer
+        showo, self.tokenizer, self.stored = backbone == "showo", tokenizer, None
         names = {"sot": tokenizer.bos_token, "eot": tokenizer.eos_token} if showo else EMU3_TOKENS
         ids = {name: self.find(token) for name, token in names.items()}
         if lacking := [f"{name} ({names[name]})" for name, i in ids.items() if i is None]:
@@ -92,6 +92,7 @@ class HFText:
         return tuple(form.format(text) for form, text in zip(self.chats[self.backbone], (question, answer)))
 
     def encode(self, text: str) -> list:
+        text.encode("utf-8")                               # a ValueError for what is no Unicode
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, ids) -> str:
@@ -101,29 +102,38 @@ class HFText:
     def state(self) -> dict:
         """Plain data from which `from_state` makes it again: its tokenizer.json and the names of three tokens.
 
-        ValueError for a slow tokenizer, which has no such file.
+        The same in every version of Transformers. ValueError for a slow tokenizer, which has no such file.
         """
         if getattr(self.tokenizer, "backend_tokenizer", None) is None:
             raise ValueError(f"a {type(self.tokenizer).__name__} cannot be stored: take a fast tokenizer")
-        names = {name: getattr(self.tokenizer, name) for name in ("bos_token", "eos_token", "unk_token")}
-        return {"json": self.tokenizer.backend_tokenizer.to_str(), "names": names}
+        if self.stored is None:
+            names = {name: getattr(self.tokenizer, name) for name in ("bos_token", "eos_token", "unk_token")}
+            self.stored = {"json": self.tokenizer.backend_tokenizer.to_str(), "names": names}
+        return self.stored
 
     @classmethod
     def from_state(cls, state: dict, backbone: str) -> "HFText":
-        from tokenizers import Tokenizer as Backend
-        names = {name: token for name, token in state["names"].items() if token is not None}
         fast = transformers().PreTrainedTokenizerFast
-        return cls(fast(tokenizer_object=Backend.from_str(state["json"]), **names), backbone)
+        from tokenizers import Tokenizer as Backend        # comes with transformers
+        names = {name: token for name, token in state["names"].items() if token is not None}
+        text = cls(fast(tokenizer_object=Backend.from_str(state["json"]), **names), backbone)
+        text.stored = state
+        return text
 
     @classmethod
     def from_pretrained(cls, name: str, backbone: str) -> "HFText":
-        """By its name (it is downloaded) or from a folder. ValueError when there is none."""
+        """By its name (it is downloaded) or from a folder. ValueError when there is none, or an empty one."""
         auto = transformers().AutoTokenizer
         try:
             tokenizer = auto.from_pretrained(name)
-        except (OSError, ValueError) as error:
+        except ImportError:
+            raise
+        except Exception as error:                         # OSError, KeyError, the bare Exception of tokenizers ..
             raise ValueError(f"{name} is no tokenizer of Hugging Face: {' '.join(str(error).split())}") from None
-        return cls(tokenizer, backbone)
+        text = cls(tokenizer, backbone)
+        if not text.encode("a 16*16"):                     # what Transformers makes of a folder without tokenizer.json
+            raise ValueError(f"{name} is no tokenizer of Hugging Face: it has no id for a letter")
+        return text
 
 
 def transformers():

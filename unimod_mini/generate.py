@@ -275,7 +275,8 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--top-p", type=float, help="of answers: only the likeliest words that reach p")
     out.add_argument("--seed", type=int, default=0)
     out.add_argument("--device", help="cuda, mps or cpu; found by itself when not given")
-    out.add_argument("--out", default="drawn.png", help="the PNG of --prompt; --explain writes *-kept.png beside it")
+    out.add_argument("--out", default="drawn.png", help="the PNG (codes: .npy) of --prompt; --explain writes "
+                                                        "*-kept.png beside it")
     return out
 
 
@@ -303,14 +304,16 @@ def run(args) -> None:
     from .trainer import find_device, load_checkpoint, precision
     if not Path(args.out).absolute().parent.is_dir() or Path(args.out).is_dir():
         raise ValueError(f"--out {args.out}: there is no folder {Path(args.out).parent}, or it is itself a folder")
-    if not args.out.lower().endswith(".png"):
-        raise ValueError(f"--out {args.out}: pictures are written as PNG, give a name that ends in .png")
+    if not args.out.lower().endswith((".png", ".npy")):
+        raise ValueError(f"--out {args.out}: pictures are written as PNG, give a name that ends in .png (codes: .npy)")
     device = find_device(args.device)
     model, stored = load_checkpoint(args.checkpoint, device)
     if "tokenizer" not in stored:
         raise ValueError(f"{args.checkpoint} holds no tokenizer: save_checkpoint(.., tokenizer=tokenizer.state())")
     tokenizer = Tokenizer.from_state(stored["tokenizer"])
     codes = isinstance(tokenizer.image, Codes)             # nothing to see
+    if args.prompt is not None and not codes and args.out.lower().endswith(".npy"):
+        raise ValueError(f"--out {args.out}: this model draws pictures, give a name that ends in .png")
     if args.steps is not None and tokenizer.backbone != "showo":
         raise ValueError(f"--steps {args.steps}: {args.checkpoint} draws token by token, leave it out")
     with precision(device):
@@ -326,7 +329,8 @@ def run(args) -> None:
             batch, task = tokenizer.t2i([args.prompt], tokenizer.image.encode(image[None])), "t2i"
         else:
             patch = tokenizer.image.patch
-            image = read_codes(args.image) if codes else read_png(args.image, *(n * patch for n in tokenizer.grid))
+            image = (read_codes(args.image, tokenizer) if codes else
+                     read_png(args.image, *(n * patch for n in tokenizer.grid)))
             question = tokenizer.text.chat(args.question)[0] if isinstance(tokenizer.text, HFText) else args.question
             answer = generate_text(model, tokenizer, image, question, args.routing, args.temperature or 0.0,
                                    seed=args.seed, top_k=args.top_k, top_p=1.0 if args.top_p is None else args.top_p)
@@ -350,7 +354,7 @@ def explain(model, tokenizer, batch, task: str, routing: str, out: str) -> None:
     for picture, label, text in zip(pictures, labels, texts):
         print(f"{label}; text: {text}\n{terminal(picture[None])}")
     sheet = torch.stack([enlarged(picture) for picture in pictures])
-    print(save_png(sheet, labels, out.removesuffix(".png") + "-kept.png", scale=1))
+    print(save_png(sheet, labels, out[:-4] + "-kept.png", scale=1))
 
 
 if __name__ == "__main__":

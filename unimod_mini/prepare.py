@@ -123,6 +123,8 @@ def load_codec(path):
     """The image codec of a tokenizer's state. ValueError names the file when it is none."""
     try:
         return Tokenizer.from_state(torch.load(path, map_location="cpu", weights_only=True)).image
+    except ImportError:
+        raise
     except Exception as error:                             # torch's own text advises to load it unsafely
         raise ValueError(f"{path} is no image tokenizer: expected vq, lfq, palette, or the tokenizer.pt of a data set "
                          "that was prepared before") from error
@@ -284,6 +286,8 @@ def check(args) -> None:
     stored = None if args.image in (*TRAINED, "codes") else load_codec(args.image)
     if args.image == "codes" and args.codes is None:
         raise ValueError("--image codes: say how many there are, --codes 8192 for Show-o, --codes 32768 for Emu3")
+    if args.codes is not None and args.codes >= 2**31:
+        raise ValueError(f"--codes must be below {2**31}, got {args.codes}")
     fill_in(args)
     if not 0 <= args.held < 1 or args.scenes < 0:
         raise ValueError(f"expected 0 <= --held < 1 and --scenes of 0 or more, got {args.held} and {args.scenes}")
@@ -296,7 +300,9 @@ def check(args) -> None:
     else:
         for source in args.sources:
             read_source(source, args.image_root)
-    if text_kind(args) not in ("words", "bytes"):
+    if isinstance(stored, Codes):
+        raise ValueError(f"--image {args.image}: its pictures are codes, give --image codes --codes {stored.n_codes}")
+    if text_kind(args) not in ("words", "bytes") and not (Path(args.out) / "dataset.json").exists():
         HFText.from_pretrained(args.text, args.backbone).state()             # raises what would fail later
     if args.image in QUANTIZERS:
         VQ(args.codes, args.patch, width=1, quantizer=QUANTIZERS[args.image])                # raises its own errors
@@ -316,6 +322,8 @@ def begin(args, out: Path) -> dict:
     resolved = lambda name, *words: name if name in words else str(Path(name).resolve())    # photos is ./photos
     options |= {"image": resolved(args.image, *TRAINED, "codes"), "image_root": args.image_root and resolved(
         args.image_root), "sources": [resolved(source, "emoji") for source in args.sources]}
+    if args.text and args.text not in ("words", "bytes") and Path(args.text).is_dir():
+        options["text"] = resolved(args.text)
     settings = out / "work" / "options.json"
     if settings.exists() or (out / "dataset.json").exists():
         before = (json.loads(settings.read_text()) if settings.exists()

@@ -25,6 +25,7 @@ Legend: n samples, S text columns, N image codes, h and w rows and columns of im
 import hashlib
 import json
 import os
+import unicodedata
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, islice
@@ -135,14 +136,20 @@ def write_shard(path: Path, header: dict, rows) -> int:
 
 def text_ids(tokenizer: Tokenizer, task: str, question: str, answer: str) -> tuple[list, list]:
     """The ids of a sample's question and answer. ValueError for a text that does not fit, or that ids do not give back
-    (Hugging Face's tokenizers read "<|endoftext|>" in a text as the token)."""
+    but for case and blanks (Hugging Face's tokenizers read "<|endoftext|>" in a text as the token)."""
     ids = tokenizer.text.encode(question), tokenizer.text.encode(answer)
     for text, those in zip((question, answer), ids):
-        if tokenizer.text.encode(tokenizer.text.decode(those)) != those:
-            raise ValueError(f"the ids of {text!r} do not give it back: is a special token in it?")
+        back = tokenizer.text.decode(those)
+        if tokenizer.text.encode(back) != those or letters(back) != letters(text):
+            raise ValueError(f"the ids of {text!r} give back {back!r}: is a special token in it?")
     tokenizer.check_text(task, question, answer)
     tokenizer.fit_text(sum(ids, []), text_columns(tokenizer, task), f"{question} {answer}".strip())
     return ids
+
+
+def letters(text: str) -> str:
+    """A text without its blanks, its case, and what Unicode writes in several ways."""
+    return "".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def record(tokenizer: Tokenizer, task: str, question: str, answer: str, codes: Tensor | None) -> list:
@@ -225,6 +232,8 @@ def read_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of a file; ValueError when it is none."""
     try:
         return Tokenizer.from_state(torch.load(path, map_location="cpu", weights_only=True))
+    except ImportError:
+        raise
     except Exception as error:                             # torch's own text advises to load it unsafely
         raise ValueError(f"{path} is not the tokenizer of a data set: prepare it again") from error
 

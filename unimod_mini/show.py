@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import sources
 from .files import whole_file
 from .transformer import inference
 
@@ -70,14 +71,12 @@ def write_codes(codes: Tensor, path) -> str:
     return f"{path} written, the codes of {'x'.join(map(str, codes.shape))}"
 
 
-def read_codes(path) -> Tensor:
-    """The .npy of a picture's codes, long (h, w). ValueError names the file when it is none."""
+def read_codes(path, tokenizer) -> Tensor:
+    """The .npy of a picture's codes (sources.read_codes), long (h, w). ValueError names the file when it is none."""
     try:
-        return torch.as_tensor(np.load(path, allow_pickle=False)).long()
-    except FileNotFoundError:
-        raise
-    except Exception as error:                             # numpy raises EOFError, TokenError, MemoryError ..
-        raise ValueError(f"{path} cannot be read as codes, an .npy of integers (h, w): {error}") from error
+        return torch.from_numpy(sources.read_codes(path, tokenizer.grid, tokenizer.image.n_codes)).long()
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def write_png(image: Tensor, path) -> None:
@@ -115,7 +114,7 @@ def kept_tokens(model, tokenizer, batch, task: str, routing: str = "causal") -> 
     text with the kept words in [brackets].
     """
     out = model(**batch.inputs(), task=task, routing=routing)
-    ids, pictures, labels, texts = batch.ids[0], [], [], []
+    ids, pictures, labels, texts, special = batch.ids[0], [], [], [], set(tokenizer.special.values())
     is_code = (ids >= tokenizer.image_start) & (ids < tokenizer.image_end)
     codes = (ids[is_code] - tokenizer.image_start).view(1, *tokenizer.grid).cpu()
     image = tokenizer.image.decode(codes)[0]
@@ -130,6 +129,7 @@ def kept_tokens(model, tokenizer, batch, task: str, routing: str = "causal") -> 
         here = here.repeat_interleave(cell, 0).repeat_interleave(cell, 1)[..., None]       # (H, W, 1)
         pictures.append(torch.where(here, image.float(), 255 - DIM * (255 - image.float())).to(torch.uint8))
         labels.append(f"layer {layer}, {routing}: {int(kept[is_code].sum())} of {tokenizer.n_image} patches")
-        words = [(tokenizer.name(i), on) for i, on in zip(ids.tolist(), kept.tolist()) if i < tokenizer.text.size]
+        words = [(tokenizer.name(i), on) for i, on in zip(ids.tolist(), kept.tolist())
+                 if i < tokenizer.text.size and i not in special]
         texts.append(" ".join(f"[{word}]" if on else word for word, on in words))
     return torch.stack(pictures) if pictures else image[None][:0], labels, texts

@@ -204,21 +204,24 @@ def decode(job):
                 picture = io.BytesIO(file.read(picture.size))
         if n_codes is None:
             return read_image(picture, size, key).numpy().tobytes()
-        return read_codes(picture, size, n_codes).tobytes()
+        return read_codes(picture, (size, size), n_codes).tobytes()
     except (ValueError, OSError) as error:
         return str(error).removeprefix(f"{key}: ")
 
 
-def read_codes(file, size: int, n_codes: int):
-    """An .npy of integers -> int32 (size, size); (1, h, w), and all h w in one row, are taken as well."""
+def read_codes(file, grid: tuple, n_codes: int):
+    """An .npy of integers -> int32 (h, w); (1, h, w), and all h w in one row, are taken as well. ValueError for what is
+    none, has another grid, or codes outside [0, n_codes)."""
     try:
         codes = np.load(file, allow_pickle=False)
         sides = [side for side in codes.shape if side != 1]                  # of an .npz: AttributeError
-    except Exception as error:                             # numpy raises EOFError, TokenError, MemoryError ..
-        raise ValueError(f"no .npy of codes ({error})") from error
-    if codes.dtype.kind not in "iu" or codes.size != size**2 or sides not in ([size, size], [size**2], []):
-        raise ValueError(f"codes are integers ({size}, {size}), this is {codes.dtype} {codes.shape}: --size says how "
-                         "many a side")
+    except FileNotFoundError:
+        raise
+    except Exception as error:                             # numpy's own text advises to load it unsafely
+        raise ValueError(f"no .npy of numbers ({type(error).__name__})") from error
+    h, w = grid
+    if codes.dtype.kind not in "iu" or codes.size != h * w or sides not in ([n for n in grid if n != 1], [h * w]):
+        raise ValueError(f"codes are integers ({h}, {w}), this is {codes.dtype} {codes.shape}")
     if codes.min() < 0 or codes.max() >= n_codes:
-        raise ValueError(f"codes lie in [{codes.min()}, {codes.max()}], expected [0, {n_codes}): --codes says how many")
-    return codes.astype(np.int32).reshape(size, size)
+        raise ValueError(f"codes lie in [{codes.min()}, {codes.max()}], expected [0, {n_codes})")
+    return codes.astype(np.int32).reshape(grid)

@@ -63,6 +63,8 @@ class Tokenizer:
                  system: str = "You are a helpful assistant. USER: ", assistant: str = ". ASSISTANT:"):
         if backbone not in SPECIAL:
             raise ValueError(f"Tokenizer: backbone must be showo or emu3, got {backbone!r}")
+        if getattr(text, "backbone", backbone) != backbone:
+            raise ValueError(f"Tokenizer: the text tokenizer is that of {text.backbone}, not of {backbone}")
         self.backbone, self.text, self.image, self.grid = backbone, text, image, tuple(grid)
         self.text_length, self.system, self.assistant = text_length, system, assistant
         names = (("sot", "eot") if backbone == "showo" else ()) + SPECIAL[backbone]
