@@ -28,7 +28,6 @@ from unimod_mini.flops import flops_ratio
 from unimod_mini.journal import Clock, Journal, figures, line, samples
 from unimod_mini.layer_switch import BY_ARANK, least_cost, show_table
 from unimod_mini.objectives import TASK_WEIGHTS
-from unimod_mini.pretrained import pretrained_config
 from unimod_mini.routers import TASKS
 from unimod_mini.run import Run, share_out, to_device
 from unimod_mini.settings import help_of, listing, nearest, overrides
@@ -45,15 +44,15 @@ PRESETS = {
     "laptop": ((8, 4, 2, 128), {"t2i": 16, "mmu": 16, "lr": 2e-3, "weight_decay": 0.01}),            # 2 M, a CPU
     "base": ((12, 10, 5, 640), {"t2i": 64, "mmu": 64, "steps": 10000, "warmup": 500, "lr": 6e-4}),   # 60 M, one GPU
 }
-CHOICES = {"preset": (*PRESETS, *PUBLISHED), "method": METHODS, "optimizer": ("adamw", "muon"),
+CHOICES = {"preset": (*PRESETS, "init", *PUBLISHED), "method": METHODS, "optimizer": ("adamw", "muon"),
            "decay": ("cosine", "linear"), "parallel": ("ddp", "fsdp"), "resume": ("no", "auto")}
 RANGES = {**dict.fromkeys(("steps", "accumulate", "warmup", "log_every", "eval_every", "eval_samples", "sample_every",
                            "save_every", "keep_checkpoints"), (1, math.inf)),
           **dict.fromkeys(("lr", "muon_lr", "clip", "timeout"), (1e-12, 1e12)), "budget": (0.01, 1), "dense": (0, 1),
           "drop": (0, 1), "ema": (0, 0.99999), **dict.fromkeys((*TASKS, "weight_decay"), (0, math.inf))}
-FREE = {"out", "data", "resume", "steps", "parallel", "accumulate", "compile", "activation_checkpointing", "device",
-        "timeout", "log_every", "eval_every", "eval_samples", "sample_every", "save_every", "keep_checkpoints",
-        "lr", "muon_lr", "weight_decay", "warmup", "decay", "clip"}          # what a run that goes on may change ..
+FREE = {"out", "data", "init", "resume", "steps", "parallel", "accumulate", "compile", "activation_checkpointing",
+        "device", "timeout", "log_every", "eval_every", "eval_samples", "sample_every", "save_every",
+        "keep_checkpoints", "lr", "muon_lr", "weight_decay", "warmup", "decay", "clip"}    # what a run may change ..
 UNTIL_SWITCH = {"dense", "method", "budget"}               # .. and what else, before the layer switch
 SWITCH = {"t2i": 20, "mmu": 50, "lm": 20}                  # samples that ARank is measured on (the paper's numbers)
 DRAWING = {"temperature": 1.0, "guidance": 1.0, "steps": 16}
@@ -64,8 +63,8 @@ SHOWN, CALIBRATION, PATIENCE = 4, 32, 5                    # samples on a sheet;
 class Config:
     data: str = ""                 # the folder that python -m unimod_mini.prepare wrote
     out: str = "out/full"          # where everything is written: model.pt, checkpoints/, samples/, metrics.jsonl ..
-    preset: str = "laptop"         # sizes, with their settings: tiny, laptop, base, or a name of ModelConfig.preset
-    init: str = ""                 # begin with these weights: a run, a checkpoint; Hugging Face's folder sets the sizes
+    preset: str = "laptop"         # sizes and settings: tiny, laptop, base, a name of ModelConfig.preset; init: --init's
+    init: str = ""                 # begin with these weights (and sizes): of a run, a checkpoint, Hugging Face's folder
     plan: str = ""                 # UniMoD with this plan from the first step; "": dense, then the layer switch
     resume: str = "no"             # or auto: go on from the newest whole checkpoint of --out, if there is any
     steps: int = 2000              # of both stages together
@@ -107,12 +106,14 @@ class Config:
             if name not in CHOICES and isinstance(value, (int, float)) and not low <= value <= high:
                 raise ValueError(f"{key} {value}: expected {low} to {high}" if high < math.inf else
                                  f"{key} {value}: expected {low} or more")
+        if self.preset == "init" and not self.init:
+            raise ValueError("--preset init takes the sizes of --init, which is not given")
         if self.optimizer == "muon" and self.parallel == "fsdp":
             raise ValueError("--optimizer muon needs whole matrices, --parallel fsdp shards them: use adamw, or ddp")
 
 
 def parse(argv=None) -> Config:
-    """Defaults, then the preset's settings, then what was given."""
+    """Defaults, then the preset's settings (laptop's for the sizes of --init), then what was given."""
     argv = sys.argv[1:] if argv is None else argv
     if {"--help", "-h"} & set(argv):
         print(f"{__doc__}\nSettings, their types and defaults (a preset brings its own for some):\n{help_of(Config)}")
@@ -120,23 +121,24 @@ def parse(argv=None) -> Config:
     given = overrides(Config, argv)
     if not given.get("data"):
         raise ValueError("--data is missing: the folder that python -m unimod_mini.prepare SOURCE FOLDER wrote")
-    return Config(**PRESETS.get(given.get("preset", Config.preset), (None, {}))[1] | given)
+    preset = given.get("preset", "init" if given.get("init") else Config.preset)
+    _, settings = PRESETS.get("laptop" if preset == "init" else preset, (None, {}))
+    return Config(**settings | given | {"preset": preset})
 
 
 def model_config(preset: str, tokenizer, init: str = "") -> ModelConfig:
-    """The preset's sizes with the vocabulary and the lengths of the tokenizer; or those of --init, a folder of Hugging
-    Face. ValueError for another backbone or, there, another vocabulary."""
+    """The preset's sizes with the vocabulary and the lengths of the tokenizer; "init": those of the weights `init`.
+    ValueError for another backbone or, there, another vocabulary."""
     longest = max(map(tokenizer.length, ("t2i", "mmu"))) + tokenizer.text_length
     fitted = {"vocab_size": tokenizer.vocab_size, "max_length": longest, "image_start": tokenizer.image_start}
-    if checkpoints.is_pretrained(init):
-        config, _ = pretrained_config(init)
-        known = config.image_start < config.vocab_size     # a plain Phi or Llama knows of no image codes
-        theirs = config.backbone, config.vocab_size, config.image_start if known else tokenizer.image_start
-        ours = tokenizer.backbone, tokenizer.vocab_size, tokenizer.image_start
-        if ours != theirs:
-            raise ValueError(f"backbone, vocabulary and first image code of --data are {ours}, of --init {init} "
-                             f"{theirs}: prepare the data with the --backbone, --text and --codes of these weights")
-        return replace(config, max_length=longest, image_start=tokenizer.image_start)
+    if preset == "init":
+        config = checkpoints.as_data(checkpoints.sizes_of(init), longest, tokenizer.image_start)
+        theirs, ours = ((x.backbone, x.vocab_size, x.image_start) for x in (config, tokenizer))
+        if ours != theirs or config.image_positions not in (0, tokenizer.n_image):
+            raise ValueError("backbone, vocabulary, first image code and codes of a picture are "
+                             f"{*ours, tokenizer.n_image} in --data and {*theirs, config.image_positions or 'any'} in "
+                             f"--init {init}: prepare the data with --backbone, --text and --image of these weights")
+        return config
     if preset in PUBLISHED:
         config = ModelConfig.preset(preset)
         if config.backbone != tokenizer.backbone:
@@ -217,10 +219,11 @@ def held_out(config: Config, shards: Shards, counts: dict, ranks: Ranks) -> list
 def begin(job: Job) -> Run:
     """A new run, or the newest whole checkpoint of --out brought back. ValueError when the settings do not fit it."""
     config, shards = job.config, job.shards
-    sizes = model_config(config.preset, shards.tokenizer, config.init)
     given = Plan.load(config.plan) if config.plan else None
     path, facts = from_first(lambda: find_start(job, given))
     plan = Plan(**facts["plan"]) if path else given
+    sizes = from_first(lambda: checkpoints.stored_sizes(path) if path else
+                       model_config(config.preset, shards.tokenizer, config.init))
     if missing := [task for task in job.counts if plan and task not in plan.tasks]:
         raise ValueError(f"--plan {config.plan} has no row for {', '.join(missing)}: add it, or set --{missing[0]} 0")
     if plan is None and config.dense < 1 and config.method in BY_ARANK:
@@ -228,10 +231,11 @@ def begin(job: Job) -> Run:
             raise ValueError(f"--budget {config.budget} is out of reach: the head alone costs {least:.2f} of dense "
                              f"with {sizes.vocab_size} ids; a higher budget, a deeper preset, or a smaller vocabulary")
     torch.manual_seed(config.seed)                         # the same weights on every rank
-    with torch.device("cpu" if job.loads else "meta"):
-        model = UnifiedTransformer(sizes, plan)
     if config.init and not path and job.loads:
-        model = checkpoints.begin_with(config.init, sizes, model.plan)
+        model = checkpoints.begin_with(config.init, sizes, plan)
+    else:
+        with torch.device("cpu" if job.loads else "meta"):
+            model = UnifiedTransformer(sizes, plan)
     torch.manual_seed(config.seed * 1_000_003 + job.ranks.rank)              # but its own dropout
     place = (facts["stage"], facts["step"], facts["since"]) if path else ("unimod" if plan else "dense",)
     run = Run(model, config, job.device, job.lengths, *place)
@@ -263,7 +267,7 @@ def find_start(job: Job, given: Plan | None) -> tuple:
 def save(run: Run, job: Job, held: float | None) -> None:
     """A checkpoint of this step; the last --keep-checkpoints of them and the best stay."""
     facts = {"stage": run.stage, "since": run.since, "held": held, "world": job.ranks.world, **job.about,
-             "plan": asdict(run.model.plan)}
+             "plan": asdict(run.model.plan), "model": asdict(run.model.config)}
     checkpoints.save(job.out / "checkpoints", run.step, run.tensors(), facts, job.ranks)
     if job.ranks.first:
         checkpoints.prune(job.out / "checkpoints", job.config.keep_checkpoints)
@@ -412,7 +416,7 @@ def train(run: Run, job: Job, journal: Journal | None, asked: list) -> dict:
 def introduce(run: Run, job: Job) -> None:
     """The whole configuration, printed and saved; the model, the data and where it runs."""
     job.out.mkdir(parents=True, exist_ok=True)
-    checkpoints.write_json(job.out / "config.json", asdict(job.config))
+    checkpoints.write_json(job.out / "settings.json", asdict(job.config))
     there = {task: [job.shards.count(task, split) for split in ("train", "held")] for task in job.counts}
     job.say(listing(job.config), f"{run.model.config}",
             f"{sum(p.numel() for p in run.model.parameters()):,} parameters; {job.ranks.world} process(es) on "

@@ -1,6 +1,7 @@
 """Weights that others trained: pictures that are codes, from .npy files through shards and train_full.py to answers."""
 import io
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,7 @@ from helpers import build, tar_of, tiny
 from launch import changed
 from test_pretrained import theirs, write
 from unimod_mini import (ByteText, Codes, Plan, Tokenizer, UnifiedTransformer, generate_image, generate_text,
-                         layer_switch, load_checkpoint, prepare)
+                         layer_switch, load_checkpoint, prepare, save_checkpoint)
 from unimod_mini.distributed import Ranks
 from unimod_mini.generate import main as generate
 from unimod_mini.pretrained import config_to_hf
@@ -21,7 +22,7 @@ from unimod_mini.sources import decode, read_source
 
 SIDE, N_CODES = 3, 20
 OPTIONS = ["--image", "codes", "--codes", str(N_CODES), "--size", str(SIDE), "--workers", "1", "--text-length", "40"]
-TINY = ["--preset", "tiny", "--t2i", "4", "--mmu", "4", "--steps", "4", "--device", "cpu"]
+TINY = ["--t2i", "4", "--mmu", "4", "--steps", "4", "--warmup", "2", "--eval-samples", "8", "--device", "cpu"]
 
 
 def picture(i):
@@ -126,8 +127,8 @@ def test_broken_codes_are_listed(tmp_path):
     skipped = (tmp_path / "out" / "skipped.txt").read_text().splitlines()
     reasons = {0: "codes are integers (3, 3), this is int64 (2, 3)", 1: "this is float64 (3, 3)", 2: "expected [0, 20)",
                3: "expected [0, 20)", 4: "no .npy of numbers (", 5: "no .npy of numbers (",
-               6: "no .npy of numbers (", 7: "this is int64 (3, 1, 2)", 8: "no .npy of numbers (", 9: "this is int64 (0, 3)",
-               10: "no .npy of numbers ("}
+               6: "no .npy of numbers (", 7: "this is int64 (3, 1, 2)", 8: "no .npy of numbers (",
+               9: "this is int64 (0, 3)", 10: "no .npy of numbers ("}
     assert len(skipped) == len(reasons)
     for i, why in reasons.items():
         assert skipped[i].startswith(f"{i}.npy: ") and why in skipped[i]
@@ -260,17 +261,47 @@ def test_the_plan_is_of_the_weights_as_they_came(job, tmp_path):
 
 
 def test_another_vocabulary_is_refused(job, tmp_path):
-    """Data of other codes, or weights of the other backbone: what both have, before anything is written."""
+    """Data of other codes, weights of the other backbone, or of pictures of another size: what both have, before
+    anything is written."""
     root, model = job
     other = "emu3" if model.config.backbone == "showo" else "showo"
-    write(tmp_path / "other", config_to_hf(tiny(other)), {})
-    for folder, said in ((tmp_path / "other", f"\\('{other}', 30, {model.config.image_start}\\)"),
-                         (tmp_path / "more", f"{model.config.vocab_size + 1}")):
-        if folder.name == "more":
-            write(folder, config_to_hf(replace(model.config, vocab_size=model.config.vocab_size + 1)), {})
-        with pytest.raises(ValueError, match=f"of --data are .*, of --init .*{said}.*: prepare the data with"):
+    more = model.config.vocab_size + 1
+    for changes, said in (({"vocab_size": more}, str(more)), (None, other)):
+        folder = tmp_path / said
+        write(folder, config_to_hf(replace(model.config, **changes) if changes else tiny(other)), {})
+        with pytest.raises(ValueError, match=f"in --data and .*{said}.* in --init .*: prepare the data with"):
             begin(root, tmp_path / "out", "--init", str(folder))
+    save_checkpoint(tmp_path / "4.pt", UnifiedTransformer(replace(model.config, image_positions=4)))
+    with pytest.raises(ValueError, match=r"9\) in --data and .*, 4\) in --init"):
+        begin(root, tmp_path / "out", "--init", str(tmp_path / "4.pt"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_needs_its_first_weights_once(job, tmp_path):
+    """The folder of the weights may move, or be --out itself: a run goes on from its own checkpoint, and its model
+    begins another run, without a preset. With one that has other sizes it is refused."""
+    root, model = job
+    folder = shutil.copytree(root / "hf", tmp_path / "hf")
+    given = ["--data", str(root / "shards"), *TINY, "--dense", "1", "--save-every", "1", "--out", str(folder)]
+    with changed(("term", [2], 0)):
+        full.main([*given, "--init", str(folder)])
+    for name in ("config.json", "pytorch_model.bin"):
+        assert (folder / name).read_bytes() == (root / "hf" / name).read_bytes()
+        (folder / name).unlink()
+    with changed():
+        assert full.main([*given, "--init", str(folder), "--resume", "auto"])["step"] == 4
+    trained, _ = load_checkpoint(folder / "model.pt")
+    for start in (folder, folder / "model.pt", folder / "checkpoints" / "step-00000004"):
+        again = begin(root, tmp_path / "again", "--init", str(start)).model
+        assert all(torch.equal(weight, again.state_dict()[name]) for name, weight in trained.state_dict().items())
+        with pytest.raises(ValueError, match="is another model than the preset .*Without --preset its own sizes"):
+            begin(root, tmp_path / "again", "--init", str(start), "--preset", "tiny")
+
+
+def test_sizes_of_nothing():
+    """--preset init needs --init."""
+    with pytest.raises(ValueError, match="--preset init takes the sizes of --init, which is not given"):
+        full.parse(["--data", "x", "--preset", "init"])
 
 
 def test_decoding_names_nothing_of_the_machine(tmp_path):

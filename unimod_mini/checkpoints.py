@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from hashlib import sha256
 from math import isfinite
 from pathlib import Path
@@ -29,8 +29,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from .config import ModelConfig
 from .distributed import Ranks, from_first, local, wait_for_all
 from .files import whole_file
-from .pretrained import load_pretrained
-from .routers import Plan
+from .pretrained import load_pretrained, pretrained_config
+from .routers import TASKS, Plan
 from .shards import HEADER
 from .trainer import load_checkpoint
 from .transformer import UnifiedTransformer
@@ -229,32 +229,58 @@ def load(path: Path, tensors: dict, ranks: Ranks) -> None:
 # Weights to begin with
 # --------------------------------------------------------------------------------------------------------------
 
-def is_pretrained(path: str) -> bool:
-    """Is this a folder of Hugging Face? (The folder of a run has a config.json too.)"""
-    return bool(path) and (Path(path) / "config.json").is_file() and not (Path(path) / "checkpoints").exists()
+def is_pretrained(path) -> bool:
+    """Is this a folder of Hugging Face?"""
+    return (Path(path) / "config.json").is_file()
 
 
-def begin_with(path: str, sizes: ModelConfig, plan: Plan) -> UnifiedTransformer:
-    """Weights of another run under this plan, with fresh routers; or of Hugging Face.
+def model_file(path) -> Path | None:
+    """The file with a finished model: path itself, or the one that a run left in this folder; None: a checkpoint."""
+    path = Path(path)
+    return path / "model.pt" if (path / "model.pt").is_file() else None if path.is_dir() else path
+
+
+def sizes_of(path: str) -> ModelConfig:
+    """The sizes of the model that begin_with(path, ..) reads."""
+    if is_pretrained(path):
+        return pretrained_config(path)[0]
+    if file := model_file(path):
+        return load_checkpoint(file)[0].config
+    return stored_sizes(Path(path))
+
+
+def stored_sizes(path: Path) -> ModelConfig:
+    """The sizes of a checkpoint's model. ValueError when it is not whole."""
+    if wrong := broken(path):
+        raise ValueError(f"{path} is no whole checkpoint: {wrong}")
+    if "model" not in facts(path):
+        raise ValueError(f"{path} was written by an older train_full.py, which did not store sizes: begin anew")
+    return ModelConfig(**facts(path)["model"])
+
+
+def begin_with(path: str, sizes: ModelConfig, plan: Plan | None) -> UnifiedTransformer:
+    """Weights of another run, or of Hugging Face, under this plan (None: dense), with fresh routers.
 
     path: model.pt, or a run's folder that has one; checkpoint.pt of train_toy.py; a checkpoint (step-00000500); a
     folder of Hugging Face. ValueError when their model is not one of these sizes.
     """
-    folder, model_file = Path(path), Path(path) / "model.pt"
     if is_pretrained(path):
         model = load_pretrained(path, torch.float32)
-        return model.with_plan(plan, max_length=sizes.max_length, image_start=sizes.image_start)
-    if not folder.is_dir() or model_file.is_file():
-        model, _ = load_checkpoint(model_file if folder.is_dir() else path)
-        theirs = asdict(model.config)
-        if other := [f"{name} {theirs[name]} instead of {x}" for name, x in asdict(sizes).items() if theirs[name] != x]:
-            raise ValueError(f"{path} is another model than the preset and the data make: {', '.join(other)}")
-        return model.with_plan(plan)
-    if wrong := broken(folder):
-        raise ValueError(f"--init {path} is no whole checkpoint: {wrong}")
-    before = Plan(**facts(folder)["plan"])
-    if before.n_layer != sizes.n_layer:
-        raise ValueError(f"--init {path} has {before.n_layer} layers, the preset {sizes.n_layer}")
-    model = UnifiedTransformer(sizes, before)
-    read(folder, {f"model.{name}": tensor for name, tensor in model.state_dict().items()}, alone=True)
-    return model.with_plan(plan)
+    elif file := model_file(path):
+        model, _ = load_checkpoint(file)
+    else:
+        model = UnifiedTransformer(stored_sizes(Path(path)), Plan(**facts(Path(path))["plan"]))
+        read(Path(path), {f"model.{name}": tensor for name, tensor in model.state_dict().items()}, alone=True)
+    here, there = asdict(sizes), asdict(as_data(model.config, sizes.max_length, sizes.image_start))
+    if other := [f"{name} {there[name]} instead of {value}" for name, value in here.items() if there[name] != value]:
+        raise ValueError(f"{path} is another model than the preset and the data make: {', '.join(other)}. Without "
+                         "--preset its own sizes are taken")
+    return model.with_plan(plan or Plan.dense(sizes.n_layer, TASKS), max_length=sizes.max_length,
+                           image_start=sizes.image_start)
+
+
+def as_data(config: ModelConfig, max_length: int, image_start: int) -> ModelConfig:
+    """These sizes with the data's longest sequence, on which no weight depends, and its first image code where they
+    know of none (a plain Phi or Llama)."""
+    known = config.image_start < config.vocab_size
+    return replace(config, max_length=max_length, image_start=config.image_start if known else image_start)
