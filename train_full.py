@@ -113,7 +113,7 @@ class Config:
 
 
 def parse(argv=None) -> Config:
-    """Defaults, then the preset's settings (laptop's for the sizes of --init), then what was given."""
+    """Defaults, then the preset's settings, then what was given."""
     argv = sys.argv[1:] if argv is None else argv
     if {"--help", "-h"} & set(argv):
         print(f"{__doc__}\nSettings, their types and defaults (a preset brings its own for some):\n{help_of(Config)}")
@@ -122,7 +122,7 @@ def parse(argv=None) -> Config:
     if not given.get("data"):
         raise ValueError("--data is missing: the folder that python -m unimod_mini.prepare SOURCE FOLDER wrote")
     preset = given.get("preset", "init" if given.get("init") else Config.preset)
-    _, settings = PRESETS.get("laptop" if preset == "init" else preset, (None, {}))
+    _, settings = PRESETS.get(preset, (None, {}))
     return Config(**settings | given | {"preset": preset})
 
 
