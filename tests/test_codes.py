@@ -116,7 +116,7 @@ def test_the_same_codes_in_every_format(tmp_path):
 def test_broken_codes_are_listed(tmp_path):
     """What is no .npy of (3, 3) integers in the range is named with the reason, the rest is kept."""
     folder = folder_of(tmp_path / "a")
-    wrong = {0: npy(picture(0)[:2]), 1: npy(picture(1) + 0.5), 2: npy(picture(2) + N_CODES), 3: npy(picture(3) - 99),
+    wrong = {0: npy(picture(0)[:2]), 1: npy(picture(1) + 0.5), 2: npy(picture(2) * 0 + N_CODES), 3: npy(picture(3) - 99),
              4: npy(picture(4))[:90], 5: b"", 6: npy(np.array([{}], dtype=object)), 7: npy(picture(7)[:, None, :2]),
              9: npy(np.zeros((0, 3), int)), 10: npy(picture(10)).replace(b"(3, 3), }", b"(9999999,")}
     np.savez(tmp_path / "z.npz", picture(8))
@@ -289,7 +289,7 @@ def test_a_run_needs_its_first_weights_once(job, tmp_path):
         assert (folder / name).read_bytes() == (root / "hf" / name).read_bytes()
         (folder / name).unlink()
     with changed():
-        assert full.main([*given, "--init", str(folder), "--resume", "auto"])["step"] == 4
+        assert full.main([*given, "--init", str(tmp_path / "elsewhere"), "--resume", "auto"])["step"] == 4
     trained, _ = load_checkpoint(folder / "model.pt")
     for start in (folder, folder / "model.pt", folder / "checkpoints" / "step-00000004"):
         again = begin(root, tmp_path / "again", "--init", str(start)).model

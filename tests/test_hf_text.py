@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from helpers import tiny
-from unimod_mini import ByteText, Codes, HFText, ModelConfig, Palette, Tokenizer, UnifiedTransformer, generate_text, prepare
+from unimod_mini import ByteText, Codes, HFText, ModelConfig, Palette, Plan, Tokenizer, UnifiedTransformer, generate_text, prepare
 from unimod_mini.shards import Shards, text_ids, tokenizer_hash
+from unimod_mini.show import kept_tokens
 from unimod_mini.tokenizer import IGNORE
 
 END = "<|endoftext|>"
@@ -146,6 +147,16 @@ def test_chat(backbone, question):
     """Show-o's question as its inference_mmu.py asks it; Emu3's layout asks by itself; a blank before an answer."""
     text = tokenizer(backbone).text
     assert text.chat("fox?", "yes") == (question, " yes") and text.chat("fox?")[0] == question
+
+
+@pytest.mark.parametrize("backbone, said", [("showo", "fox"), ("emu3", "fox1*2")])
+def test_kept_words_are_words(backbone, said):
+    """--explain shows the text of a sequence: no special token, though some lie among the tokenizer's own ids."""
+    tokens = tokenizer(backbone)
+    sizes = tiny(backbone, vocab_size=tokens.vocab_size, image_start=tokens.image_start)
+    model = UnifiedTransformer(sizes, Plan({"t2i": (1, .5, 1)}))
+    pictures, _, (text,) = kept_tokens(model, tokens, tokens.t2i(["fox"], torch.tensor([[[0, 1]]])), "t2i", "topk")
+    assert [word.strip("[]") for word in text.split()] == list(said) and pictures.shape == (1, 1, 2, 3)
 
 
 def test_a_text_is_counted_as_it_is_laid_out():
