@@ -8,10 +8,9 @@
 method: UniMoD; the same keep ratios for the layers in the order of what the loss gains from each, instead of ARank's
 order (by loss); UniMoD with a plan whose every row meets the budget, so that no task saves more than another (by task);
 UniMoD's plan without routers, tokens kept by their position alone, spread evenly (by place); and the other methods of
-the comparison (layer_switch.plan_for_budget). measure: what counts as rank in ARank, with its
-tolerance; even: no ARank, the same keep in every layer but the first, which is dense. gate, membership: the values of
-the config field, all with UniMoD's plan. --only runs some of the choices; --budget is that of train_toy.py when not
-given.
+the comparison (layer_switch.plan_for_budget). measure: what counts as rank in ARank, with its tolerance; even: no
+ARank, the same keep in every layer but the first, which is dense. gate, membership: the values of the config field, all
+with UniMoD's plan. --only runs some of the choices; --budget is that of train_toy.py when not given.
 
 For each choice, on fresh data: the losses of both tasks and free-running accuracies, with top-k and with causal routing,
 how often membership agrees with top-k, and its base rate. --dense keeps the dense model in this file and takes it, and

@@ -30,7 +30,7 @@ from .config import ModelConfig
 from .distributed import Ranks, from_first, local, wait_for_all
 from .files import whole_file
 from .pretrained import load_pretrained, pretrained_config
-from .routers import TASKS, Plan
+from .routers import Plan
 from .shards import HEADER
 from .trainer import load_checkpoint
 from .transformer import UnifiedTransformer
@@ -253,9 +253,9 @@ def stored_sizes(path: Path) -> ModelConfig:
     """The sizes of a checkpoint's model. ValueError when it is not whole."""
     if wrong := broken(path):
         raise ValueError(f"{path} is no whole checkpoint: {wrong}")
-    if "model" not in facts(path):
+    if (sizes := facts(path).get("model")) is None:
         raise ValueError(f"{path} was written by an older train_full.py, which did not store sizes: begin anew")
-    return ModelConfig(**facts(path)["model"])
+    return ModelConfig(**sizes)
 
 
 def begin_with(path: str, sizes: ModelConfig, plan: Plan | None) -> UnifiedTransformer:
@@ -275,8 +275,7 @@ def begin_with(path: str, sizes: ModelConfig, plan: Plan | None) -> UnifiedTrans
     if other := [f"{name} {there[name]} instead of {value}" for name, value in here.items() if there[name] != value]:
         raise ValueError(f"{path} is another model than the preset and the data make: {', '.join(other)}. Without "
                          "--preset its own sizes are taken")
-    return model.with_plan(plan or Plan.dense(sizes.n_layer, TASKS), max_length=sizes.max_length,
-                           image_start=sizes.image_start)
+    return model.with_plan(plan, max_length=sizes.max_length, image_start=sizes.image_start)
 
 
 def as_data(config: ModelConfig, max_length: int, image_start: int) -> ModelConfig:

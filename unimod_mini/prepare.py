@@ -38,7 +38,7 @@ from .chunks import Chunks
 from .codec import ByteText, Codes, HFText, Palette, WordText
 from .emoji import CREDITS, Emoji, check_size, fetch_emoji, write_notice
 from .files import whole_file
-from .shards import Sample, text_ids, write_shards
+from .shards import Sample, read_tokenizer, text_ids, write_shards
 from .show import pillow, save_png
 from .sources import ACCEPTED, DESCRIBE, read_source
 from .tokenizer import Tokenizer
@@ -122,10 +122,8 @@ def fit_codec(args, chunks: Chunks, train: list, training: Path):
 def load_codec(path):
     """The image codec of a tokenizer's state. ValueError names the file when it is none."""
     try:
-        return Tokenizer.from_state(torch.load(path, map_location="cpu", weights_only=True)).image
-    except ImportError:
-        raise
-    except Exception as error:                             # torch's own text advises to load it unsafely
+        return read_tokenizer(Path(path)).image
+    except ValueError as error:
         raise ValueError(f"{path} is no image tokenizer: expected vq, lfq, palette, or the tokenizer.pt of a data set "
                          "that was prepared before") from error
 

@@ -235,8 +235,8 @@ class UnifiedTransformer(nn.Module):
     def router(self, layer: int, task: str) -> TaskRouter:
         return self.routers[layer]["shared" if self.plan.shared_router else task]
 
-    def with_plan(self, plan: Plan, **changes) -> "UnifiedTransformer":
-        """A copy with this plan's (fresh) routers and, bit for bit, this model's other weights."""
+    def with_plan(self, plan: Plan | None, **changes) -> "UnifiedTransformer":
+        """A copy with this plan's (fresh) routers (None: dense) and, bit for bit, this model's other weights."""
         weight = self.embed.weight
         copy = UnifiedTransformer(replace(self.config, **changes), plan).to(weight.device, weight.dtype)
         copy.train(self.training)
