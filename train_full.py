@@ -63,7 +63,7 @@ SHOWN, CALIBRATION, PATIENCE = 4, 32, 5                    # samples on a sheet;
 class Config:
     data: str = ""                 # the folder that python -m unimod_mini.prepare wrote
     out: str = "out/full"          # where everything is written: model.pt, checkpoints/, samples/, metrics.jsonl ..
-    preset: str = "laptop"         # sizes and settings: tiny, laptop, base, a name of ModelConfig.preset; init: --init's
+    preset: str = "laptop"         # sizes and settings: tiny, laptop, base, one of ModelConfig.preset, or --init's: init
     init: str = ""                 # begin with these weights (and sizes): of a run, a checkpoint, Hugging Face's folder
     plan: str = ""                 # UniMoD with this plan from the first step; "": dense, then the layer switch
     resume: str = "no"             # or auto: go on from the newest whole checkpoint of --out, if there is any

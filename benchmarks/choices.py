@@ -138,8 +138,8 @@ def variant(field: str, choice: str, table: dict, config, lengths: dict, budget:
     if choice == "even":
         return even(config, lengths, budget), {}
     if choice == "by task":
-        rows = {task: plan_from_arank({task: row}, config, {task: lengths[task]}, budget) for task, row in table.items()}
-        return Plan({task: plan.keep[task] for task, plan in rows.items()}), {}
+        return Plan({task: plan_from_arank({task: row}, config, {task: lengths[task]}, budget).keep[task]
+                     for task, row in table.items()}), {}
     plan = plan_for_budget(choice if choice in METHODS else "unimod", table, config, lengths, budget)
     return plan, {field: choice} if field in ("gate", "membership") else {}
 
