@@ -4,13 +4,16 @@
     python benchmarks/choices.py measure [.. the same]
     python benchmarks/choices.py gate
     python benchmarks/choices.py membership
+    python benchmarks/choices.py rule
 
 method: UniMoD; the same keep ratios for the layers in the order of what the loss gains from each, instead of ARank's
 order (by loss); UniMoD with a plan whose every row meets the budget, so that no task saves more than another (by task);
 UniMoD's plan without routers, tokens kept by their position alone, spread evenly (by place); and the other methods of
 the comparison (layer_switch.plan_for_budget). measure: what counts as rank in ARank, with its tolerance; even: no
 ARank, the same keep in every layer but the first, which is dense. gate, membership: the values of the config field, all
-with UniMoD's plan. --only runs some of the choices; --budget is that of train_toy.py when not given.
+with UniMoD's plan. rule: who ranks the tokens of a picture that is drawn token by token, in training (objectives.
+training_rule): the router, the predictors, or both in turns, the default. --only runs some of the choices; --budget is
+that of train_toy.py when not given.
 
 For each choice, on fresh data: the losses of both tasks and free-running accuracies, with top-k and with causal routing,
 how often membership agrees with top-k, and its base rate. --dense keeps the dense model in this file and takes it, and
@@ -25,15 +28,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import train_toy as toy  # noqa: E402
 from unimod_mini import (METHODS, Plan, arank_table, calibrate, flops_ratio, load_checkpoint,  # noqa: E402
                          plan_for_budget, plan_from_arank, predictor_report, save_checkpoint)
+from unimod_mini import trainer  # noqa: E402
 from unimod_mini.analysis import layer_importance  # noqa: E402
 from unimod_mini.evaluate import evaluate  # noqa: E402
 from unimod_mini.flops import bisect  # noqa: E402
-from unimod_mini.objectives import cross_entropy  # noqa: E402
+from unimod_mini.objectives import cross_entropy, training_rule  # noqa: E402
 from unimod_mini.routers import GATES, GOLDEN, MEMBERSHIP_WEIGHT, TaskRouter  # noqa: E402
 
 MEASURES = ("energy 0.1", "energy 0.01", "rank 0.1", "rank 0.01", "rank 1e-7")    # of arank, with their tolerances
 FIELDS = {"gate": tuple(GATES), "membership": tuple(MEMBERSHIP_WEIGHT),
           "measure": (*MEASURES, "even"),
+          "rule": ("in turns", "router", "predictors"),
           "method": (METHODS[0], "by loss", "by task", "by place", *METHODS[1:])}
 FRESH, SEEN = 256, 128           # sequences of each task: for losses and agreement, for thresholds
 NAMES = ("saved", "ce t2i", "ce t2i c.", "ce mmu", "ce mmu c.", "t2i", "t2i c.", "mmu", "mmu c.", "agreement", "base rate")
@@ -105,6 +110,8 @@ def main() -> None:
         model, fresh = dense.with_plan(plan, **changes), data(2, *sizes)
         if choice == "by place":
             without_routers(model)
+        if args.field == "rule":
+            trainer.training_rule = lambda *step: ranked_by(choice, *step)
         toy.train(model, fresh, more, 0.7, device, choice, setting["weights"])
         values = [1 - flops_ratio(dense.config, plan, lengths, "train"),
                   *judge(model, fresh, world, args.scenes, args.seed, setting["drawing"], device)]
@@ -142,6 +149,13 @@ def variant(field: str, choice: str, table: dict, config, lengths: dict, budget:
                      for task, row in table.items()}), {}
     plan = plan_for_budget(choice if choice in METHODS else "unimod", table, config, lengths, budget)
     return plan, {field: choice} if field in ("gate", "membership") else {}
+
+
+def ranked_by(choice: str, step: int, batch, task: str) -> str:
+    """training_rule with a choice of its own for the pictures that it is about."""
+    if training_rule(1, batch, task) == "topk" or choice == "in turns":
+        return training_rule(step, batch, task)
+    return {"router": "topk", "predictors": "predicted"}[choice]
 
 
 class Place(TaskRouter):

@@ -55,6 +55,22 @@ def test_the_methods_of_the_comparison():
     assert (plan, changes) == (plans["unimod"][0], {"gate": "tanh"})
 
 
+def test_who_ranks_in_training(run, monkeypatch):
+    """Two steps of each choice: in turns, the router twice, the predictors twice; questions always by the router."""
+    seen, losses = {"t2i": [], "mmu": []}, choices.trainer.task_losses
+    monkeypatch.setattr(choices.trainer, "training_rule", choices.trainer.training_rule)   # restored afterwards
+
+    def record(model, batch, task, rule):
+        seen[task].append(rule)
+        return losses(model, batch, task, rule)
+
+    monkeypatch.setattr(choices.trainer, "task_losses", record)
+    lines = run("rule", "--steps", "4", "--scenes", "7")
+    assert [line.split()[0] for line in lines[-3:]] == ["in", "router", "predictors"]
+    assert seen["t2i"][4:] == ["topk", "predicted", "topk", "topk", "predicted", "predicted"]
+    assert seen["mmu"] == ["topk"] * 10
+
+
 def test_without_routers_the_position_decides():
     """The same positions whatever the tokens, in other layers others; every stretch of 30 has the layer's share, and
     causal routing keeps what top-k keeps."""

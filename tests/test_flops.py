@@ -47,8 +47,8 @@ def counted(model, task, inputs, train=False):
         patch.setattr(torch.nn.functional, "scaled_dot_product_attention", eager_attention)
         out = model(task=task, **inputs)
         if train:
-            losses = [predictor_loss(r, inputs["valid"]) for r in out.routing if r is not None]
-            (out.logits.square().mean() + sum(losses)).backward()
+            routed = [r for r in out.routing if r is not None]
+            (out.logits.square().mean() + (predictor_loss(routed, inputs["valid"]) if routed else 0)).backward()
     return counter.get_total_flops()
 
 

@@ -140,7 +140,7 @@ def test_task_losses(backbone):
     where = (batch.labels != IGNORE).nonzero().tolist()
     terms = [-out.logits[b, i].log_softmax(0)[batch.labels[b, i]].item() for b, i in where]
     assert len(terms) == 4 and losses.task.item() == pytest.approx(sum(terms) / 4, rel=1e-5)
-    parts = [predictor_loss(out.routing[layer], batch.valid).item() for layer in (0, 2)]
+    parts = [predictor_loss([out.routing[layer]], batch.valid).item() for layer in (0, 2)]
     assert losses.predictor.item() == pytest.approx(sum(parts) / 2, rel=1e-5)
     assert task_losses(build(config), batch, "mmu").predictor.item() == 0
 
@@ -169,7 +169,7 @@ def test_the_auxiliary_loss_has_its_weight():
     routing = model(**batch.inputs(), task="mmu").routing[1]
     assert torch.equal(routing.predictor, routing.scores)
     assert task_losses(model, batch, "mmu").predictor.item() == pytest.approx(
-        0.1 * predictor_loss(routing, batch.valid).item(), rel=1e-5)
+        0.1 * predictor_loss([routing], batch.valid).item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("weights, total", [((), 3 + 5 + 7), (({"t2i": 1, "mmu": 4, "lm": 0},), 3 + 20)])

@@ -366,7 +366,7 @@ def test_predictor_loss_value_and_targets(seed, padded):
         for i in range(T):
             p = 1 / (1 + math.exp(-routing.predictor[b, i].item()))
             terms += [-math.log(p if i in kept else 1 - p)] if ok[i] else []
-    assert predictor_loss(routing, valid).item() == pytest.approx(sum(terms) / len(terms), rel=1e-5)
+    assert predictor_loss([routing], valid).item() == pytest.approx(sum(terms) / len(terms), rel=1e-5)
 
 
 @given(seeds, st.sampled_from((0.0, 0.3, 1.0)) | st.floats(0, 1), st.integers(1, 9), st.booleans(), st.booleans())
@@ -389,7 +389,7 @@ def test_the_predictors_choice_has_its_own_k_and_the_routers_gate(seed, keep, T,
         assert predicted.selected[b].nonzero().flatten().tolist() == kept
         live = [True] * predicted.indices.shape[1] if predicted.live is None else predicted.live[b]
         assert predicted.indices[b][torch.as_tensor(live, dtype=torch.bool)].tolist() == kept
-    assert torch.equal(predictor_loss(topk, valid), predictor_loss(predicted, valid))
+    assert torch.equal(predictor_loss([topk], valid), predictor_loss([predicted], valid))
 
 
 @pytest.mark.parametrize("rule", ("topk", "predicted"))
@@ -399,9 +399,9 @@ def test_predictor_loss_moves_only_the_predictor(rule):
     for task in plan.tasks:
         model = build(tiny("emu3"), plan, dtype=torch.float32)
         inputs = call(model.config, 3, 9, 0, padding="left")
-        losses = [predictor_loss(r, inputs["valid"]) for r in model(task=task, routing=rule, **inputs).routing if r is not None]
-        assert len(losses) == 2
-        sum(losses).backward()
+        routings = [r for r in model(task=task, routing=rule, **inputs).routing if r is not None]
+        assert len(routings) == 2
+        predictor_loss(routings, inputs["valid"]).backward()
         for name, weight in model.named_parameters():
             mine = ".predictor." in name and f".{task}." in name
             assert mine == (weight.grad is not None and bool(weight.grad.any())), name
@@ -414,7 +414,7 @@ def test_the_router_can_decide_by_itself():
     assert not any("predictor" in name for name, _ in model.named_parameters())
     routing = [r for r in model(**call(model.config, 3, 9, 0)).routing if r is not None]
     assert all(torch.equal(r.predictor, r.scores) for r in routing)
-    sum(predictor_loss(r, None) for r in routing).backward()
+    predictor_loss(routing, None).backward()
     assert model.router(1, "t2i").score.weight.grad.any() and model.blocks[0].mlp.up.weight.grad.any()
     with pytest.raises(ValueError, match="membership must be one of predictor, router, got 'threshold'"):
         tiny("emu3", membership="threshold")
@@ -424,7 +424,7 @@ def test_predictor_loss_of_padding_only():
     """A batch without a valid token has loss 0, not NaN."""
     valid = torch.zeros(1, 3, dtype=torch.bool)
     routing = TaskRouter(4, 2, ("lm",))(torch.ones(1, 3, 4), "lm", .5, context(valid, 3), "topk")
-    assert predictor_loss(routing, valid).item() == 0 and not routing.selected.any()
+    assert predictor_loss([routing], valid).item() == 0 and not routing.selected.any()
 
 
 @pytest.mark.parametrize("gate", GATES)

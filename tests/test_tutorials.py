@@ -4,6 +4,7 @@ The ```text block after a ```python block is its output; a python block without 
 empty folder, as if that were the root of the repository. `python tests/test_tutorials.py --rewrite` writes the
 outputs into the pages and what they drew into tutorials/figures.
 """
+import codeop
 import contextlib
 import io
 import re
@@ -73,6 +74,34 @@ def test_page(page, tmp_path):
         assert (page.parent / figure).is_file(), f"{page.name}: {figure} is missing, run this file with --rewrite"
     for file, name in re.findall(r"(tests/\w+\.py)::(\w+)", text):
         assert f"def {name}(" in (ROOT / file).read_text(), f"{page.name} names {file}::{name}"
+
+
+def refused(block: str) -> str | None:
+    """What Python's prompt stops at when a block is pasted: a body that no blank line ends, or that has one inside."""
+    compiler, pending = codeop.CommandCompiler(), []
+    for line in block.split("\n"):
+        pending.append(line)
+        try:
+            if compiler("\n".join(pending), "<stdin>", "single") is not None:
+                pending = []
+        except SyntaxError:
+            return line
+    return "\n".join(pending).strip() or None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_blocks_can_be_pasted(page):
+    """Line by line, as into `python`."""
+    for match in BLOCK.finditer(page.read_text()):
+        assert refused(match[1]) is None, page.name
+
+
+@pytest.mark.parametrize("block, line", [
+    ("for i in 'ab':\n    print(i)\n\ni\n", None), ("x = (1,\n     2)\nx\n", None), ('x = """\n\n"""\n', None),
+    ("for i in 'ab':\n    print(i)\ni\n", "i"), ("if 1:\n    x\n\n    y\n", "    y"), ("x = (1,\n", "x = (1,")])
+def test_what_a_prompt_refuses(block, line):
+    """A body needs one blank line, behind it; brackets and quotes may hold some."""
+    assert refused(block) == line
 
 
 @pytest.mark.parametrize("expected, printed, same", [

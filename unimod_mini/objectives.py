@@ -72,9 +72,9 @@ def training_rule(step: int, batch: Batch, task: str) -> str:
 def task_losses(model, batch: Batch, task: str, rule: str = "topk") -> Losses:
     """One forward. rule: routing of the model."""
     out = model(**batch.inputs(), task=task, routing=rule)
-    routed = [predictor_loss(routing, batch.valid) for routing in out.routing if routing is not None]
+    routed = [routing for routing in out.routing if routing is not None]
     weight = MEMBERSHIP_WEIGHT[model.config.membership]
-    membership = weight * torch.stack(routed).mean() if routed else out.logits.new_zeros(())
+    membership = weight * predictor_loss(routed, batch.valid) if routed else out.logits.new_zeros(())
     return Losses(cross_entropy(out.logits, batch.labels), membership)
 
 
