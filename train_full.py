@@ -24,13 +24,14 @@ from unimod_mini import (METHODS, ModelConfig, Plan, UnifiedTransformer, arank_t
                          plan_for_budget, predictor_report, save_checkpoint)
 from unimod_mini.config import PRESETS as PUBLISHED
 from unimod_mini.distributed import Ranks, from_first, join, sigterm
+from unimod_mini.files import write_json
 from unimod_mini.flops import flops_ratio
 from unimod_mini.journal import Clock, Journal, figures, line, samples
 from unimod_mini.layer_switch import BY_ARANK, least_cost, show_table
 from unimod_mini.objectives import TASK_WEIGHTS
 from unimod_mini.routers import TASKS
 from unimod_mini.run import Run, share_out, to_device
-from unimod_mini.settings import help_of, listing, nearest, overrides
+from unimod_mini.settings import flag, help_of, listing, nearest, overrides
 from unimod_mini.shards import Loader, Shards
 from unimod_mini.trainer import find_device, precision, precision_name
 
@@ -100,7 +101,7 @@ class Config:
     def __post_init__(self):
         """ValueError for a value that nothing can be done with, naming the setting."""
         for name, value in asdict(self).items():
-            key, low, high = f"--{name.replace('_', '-')}", *RANGES.get(name, (-math.inf, math.inf))
+            key, low, high = flag(name), *RANGES.get(name, (-math.inf, math.inf))
             if name in CHOICES and value not in CHOICES[name]:
                 raise ValueError(f"{key} {value}" + nearest(value, CHOICES[name]))
             if name not in CHOICES and isinstance(value, (int, float)) and not low <= value <= high:
@@ -129,10 +130,9 @@ def parse(argv=None) -> Config:
 def model_config(preset: str, tokenizer, init: str = "") -> ModelConfig:
     """The preset's sizes with the vocabulary and the lengths of the tokenizer; "init": those of the weights `init`.
     ValueError for another backbone or, there, another vocabulary."""
-    longest = max(map(tokenizer.length, ("t2i", "mmu"))) + tokenizer.text_length
-    fitted = {"vocab_size": tokenizer.vocab_size, "max_length": longest, "image_start": tokenizer.image_start}
+    fitted = tokenizer.sizes()
     if preset == "init":
-        config = checkpoints.as_data(checkpoints.sizes_of(init), longest, tokenizer.image_start)
+        config = checkpoints.as_data(checkpoints.sizes_of(init), fitted["max_length"], tokenizer.image_start)
         theirs, ours = ((x.backbone, x.vocab_size, x.image_start) for x in (config, tokenizer))
         if ours != theirs or config.image_positions not in (0, tokenizer.n_image):
             raise ValueError("backbone, vocabulary, first image code and codes of a picture are "
@@ -222,11 +222,12 @@ def begin(job: Job) -> Run:
     given = Plan.load(config.plan) if config.plan else None
     path, facts = from_first(lambda: find_start(job, given))
     plan = Plan(**facts["plan"]) if path else given
+    place = (facts["stage"], facts["step"], facts["since"]) if path else ("unimod" if plan else "dense",)
     sizes = from_first(lambda: checkpoints.stored_sizes(path) if path else
                        model_config(config.preset, shards.tokenizer, config.init))
     if missing := [task for task in job.counts if plan and task not in plan.tasks]:
         raise ValueError(f"--plan {config.plan} has no row for {', '.join(missing)}: add it, or set --{missing[0]} 0")
-    if plan is None and config.dense < 1 and config.method in BY_ARANK:
+    if place[0] == "dense" and config.dense < 1 and config.method in BY_ARANK:
         if (least := least_cost(sizes, job.lengths, job.counts)) > config.budget:
             raise ValueError(f"--budget {config.budget} is out of reach: the head alone costs {least:.2f} of dense "
                              f"with {sizes.vocab_size} ids; a higher budget, a deeper preset, or a smaller vocabulary")
@@ -237,7 +238,6 @@ def begin(job: Job) -> Run:
         with torch.device("cpu" if job.loads else "meta"):
             model = UnifiedTransformer(sizes, plan)
     torch.manual_seed(config.seed * 1_000_003 + job.ranks.rank)              # but its own dropout
-    place = (facts["stage"], facts["step"], facts["since"]) if path else ("unimod" if plan else "dense",)
     run = Run(model, config, job.device, job.lengths, *place)
     if path:
         checkpoints.load(path, run.tensors(), job.ranks)
@@ -256,6 +256,8 @@ def find_start(job: Job, given: Plan | None) -> tuple:
     if path is None:
         return None, None
     facts = checkpoints.facts(path)
+    if job.config.steps - facts["step"] < (facts["stage"] == "dense" and job.config.dense < 1):
+        raise ValueError(f"{path} is past --steps {job.config.steps}, in stage {facts['stage']}: ask for more steps")
     free = FREE | (UNTIL_SWITCH if facts["stage"] == "dense" else set())
     changed = checkpoints.refuse_another(path, facts, job.about, free)
     job.say(*(f"changed since {path.name}: {text}" for name, text in changed.items() if name != "resume"))
@@ -340,7 +342,7 @@ def membership(model: UnifiedTransformer, job: Job) -> dict:
     """predictor_report on held-out samples (training's, if there are none), its means printed."""
     wanted = dict.fromkeys(job.counts, CALIBRATION)
     with precision(job.device):
-        found = predictor_report(model, to_device(job.batches(wanted, "held") or job.batches(wanted), job.device))
+        found = predictor_report(model, to_device(job.batches(wanted) | job.batches(wanted, "held"), job.device))
     if found["by_layer"]:
         print("predictors agree with top-k on {accuracy:.1%} of the tokens (base rate {base_rate:.1%}); causal routing "
               "keeps {capacity_realised:.1%}, top-k {capacity_trained:.1%}".format(**found), flush=True)
@@ -366,10 +368,10 @@ def due(run: Run, job: Job, journal: Journal | None, clock: Clock) -> dict:
     draws = run.step % config.sample_every == 0 and not last
     with clock.paused() if keeps or judges or draws else nullcontext():
         held = evaluate(run, job, journal) if judges else {}
+        if keeps:                                          # first: a drawing that fails loses nothing
+            save(run, job, held.get("all"))
         if draws and (model := finished_model(run, job)) is not None:
             draw(model, job, run.step)
-        if keeps:
-            save(run, job, held.get("all"))
     return held
 
 
@@ -399,6 +401,8 @@ def train(run: Run, job: Job, journal: Journal | None, asked: list) -> dict:
         if run.stage == "dense" and config.dense < 1:
             end = min(round(config.dense * config.steps), config.steps - 1)
             if run.step >= end:
+                if share_out([], bool(asked))[1]:          # nobody waits for the switch with a SIGTERM
+                    return {}
                 switch(run, job)
                 clock.lap(run.step)                        # no lap holds steps of both stages
                 continue
@@ -416,7 +420,7 @@ def train(run: Run, job: Job, journal: Journal | None, asked: list) -> dict:
 def introduce(run: Run, job: Job) -> None:
     """The whole configuration, printed and saved; the model, the data and where it runs."""
     job.out.mkdir(parents=True, exist_ok=True)
-    checkpoints.write_json(job.out / "settings.json", asdict(job.config))
+    write_json(job.out / "settings.json", asdict(job.config))
     there = {task: [job.shards.count(task, split) for split in ("train", "held")] for task in job.counts}
     job.say(listing(job.config), f"{run.model.config}",
             f"{sum(p.numel() for p in run.model.parameters()):,} parameters; {job.ranks.world} process(es) on "

@@ -10,7 +10,6 @@ dense), the evaluation by exact checkers, and what is written to --out.
 
 import argparse
 import copy
-import json
 import sys
 import time
 from dataclasses import replace
@@ -25,7 +24,7 @@ from unimod_mini import (METHODS, ModelConfig, Palette, Pictures, Plan, Tokenize
                          load_image_folder, make_optimizers, plan_for_budget, predictor_report, save_checkpoint,
                          train_step)
 from unimod_mini.evaluate import blind_accuracy, evaluate
-from unimod_mini.files import whole_file
+from unimod_mini.files import write_json
 from unimod_mini.layer_switch import show_table
 from unimod_mini.objectives import TASK_WEIGHTS, drop_prompts, mask_image_tokens
 from unimod_mini.show import save_png, terminal
@@ -75,9 +74,7 @@ def make_world(args):
 
 def toy_config(backbone: str, tokenizer: Tokenizer) -> ModelConfig:
     """The toy preset with the sizes that follow from the tokenizer."""
-    longest = max(map(tokenizer.length, ("t2i", "mmu"))) + tokenizer.text_length
-    return replace(ModelConfig.preset(f"toy-{backbone}"), vocab_size=tokenizer.vocab_size, max_length=longest,
-                   image_start=tokenizer.image_start, image_positions=tokenizer.n_image)
+    return replace(ModelConfig.preset(f"toy-{backbone}"), **tokenizer.sizes(), image_positions=tokenizer.n_image)
 
 
 class Sampler:
@@ -115,6 +112,8 @@ def train(model, sampler, steps: int, decay: float, device, label: str, weights:
         if step % 10 == 9 or step == steps - 1:            # reading a loss waits for the device
             means = {task: f"{loss.item():.3f}" for task, loss in losses.items()}
             bar.set_postfix(means, refresh=False)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)                 # what was launched belongs to the step
         times.append(time.perf_counter() - start)
     return 1000 * sorted(times)[len(times) // 2]
 
@@ -260,8 +259,7 @@ def write_results(out: Path, metrics: dict, model, tokenizer, world, drawing: di
     drawn = generate_image(model, tokenizer, prompts, **drawing)
     print("\n" + terminal(drawn) + "\n" + "\n".join(f"drawn {i}: {text}" for i, text in enumerate(prompts, start=1)))
     print("\n" + save_png(drawn, prompts, out / "samples.png", scale=max(1, 96 // drawn.shape[1])))
-    with whole_file(out / "metrics.json") as file:
-        json.dump(metrics, file, indent=1)
+    write_json(out / "metrics.json", metrics)
     save_checkpoint(out / "checkpoint.pt", model, tokenizer=tokenizer.state(), drawing=drawing)
     print(f"{out}/metrics.json, {out}/plan.json, {out}/checkpoint.pt written")
 

@@ -17,7 +17,6 @@ rank.
 and of observations a drawing beside it.
 """
 
-import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -31,7 +30,7 @@ from benchmarks.growth import COLORS, GAP, HIGH, LEFT, TOP, WIDE, Panel, round_s
 from unimod_mini import Plan, arank_table, calibrate, layer_switch, plan_from_arank  # noqa: E402
 from unimod_mini.analysis import attention_received, competition, layer_importance  # noqa: E402
 from unimod_mini.evaluate import ask_and_judge, draw_and_judge, share  # noqa: E402
-from unimod_mini.files import whole_file  # noqa: E402
+from unimod_mini.files import whole_file, write_json  # noqa: E402
 from unimod_mini.objectives import cross_entropy  # noqa: E402
 
 TASKS = ("t2i", "mmu")
@@ -201,8 +200,7 @@ def main() -> None:
     if args.field == "observations":
         print(show_observations(found, args))
     if args.out:
-        with whole_file(args.out) as file:
-            json.dump(vars(args) | {"found": found}, file, indent=1)
+        write_json(args.out, vars(args) | {"found": found})
         if args.field == "observations":
             with whole_file(Path(args.out).with_suffix(".svg")) as file:
                 file.write(draw(found))

@@ -10,7 +10,6 @@ really had, each reading its weights. "reached" is the measured speed-up over th
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -23,7 +22,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from unimod_mini import Cache, ModelConfig, Plan, UnifiedTransformer, calibrate  # noqa: E402
 from unimod_mini.tokenizer import Batch  # noqa: E402
-from unimod_mini.files import whole_file  # noqa: E402
+from unimod_mini.files import write_json  # noqa: E402
 from unimod_mini.trainer import find_device  # noqa: E402
 
 TASK, KEEP, STEPS, TURNS, DISTINCT = "mmu", 0.25, 16, 5, 4
@@ -206,8 +205,7 @@ def main() -> None:
         print(f"{name}, tokens 193 to 256, batch 1: cached {value['cached_ms']:.1f} ms, recomputed "
               f"{value['recomputed_ms']:.1f} ms a token, {value['ratio']:.1f}x")
     if args.out:
-        with whole_file(args.out) as file:
-            json.dump({"device": where, "keep": KEEP, "rows": rows, "cached_against_recomputed": versus}, file, indent=1)
+        write_json(args.out, {"device": where, "keep": KEEP, "rows": rows, "cached_against_recomputed": versus})
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from unimod_mini import Tokenizer, generate_image, load_checkpoint  # noqa: E402
 from unimod_mini.chunks import Chunks  # noqa: E402
 from unimod_mini.evaluate import ask_and_judge, by_category, share  # noqa: E402
-from unimod_mini.files import whole_file  # noqa: E402
+from unimod_mini.files import write_json  # noqa: E402
 from unimod_mini.shapes import Question, commonest_answers  # noqa: E402
 from unimod_mini.shards import Shards, tokenizer_hash  # noqa: E402
 from unimod_mini.show import save_png  # noqa: E402
@@ -224,8 +224,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     for split, pictures in prompts.items():
         print(sheet(rows[split], [p.caption for p in pictures[:SHOWN]], out / f"emoji-{split}.png"))
-    with whole_file(out / "emoji.json") as file:
-        json.dump(results | {"arguments": vars(args)}, file, indent=1)
+    write_json(out / "emoji.json", results | {"arguments": vars(args)})
 
 
 def report(results: dict, kinds: Counter) -> None:

@@ -10,7 +10,6 @@ label against the wrong one, so that the other task's keep ratios, routers and t
 """
 
 import argparse
-import json
 import re
 import sys
 from pathlib import Path
@@ -21,7 +20,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from unimod_mini import Plan, Tokenizer, UnifiedTransformer, World, load_checkpoint  # noqa: E402
 from unimod_mini.evaluate import ask_and_judge, draw_and_judge  # noqa: E402
-from unimod_mini.files import whole_file  # noqa: E402
+from unimod_mini.files import write_json  # noqa: E402
 from unimod_mini.trainer import find_device, precision  # noqa: E402
 
 OTHER = {"t2i": "mmu", "mmu": "t2i"}
@@ -82,8 +81,7 @@ def main() -> None:
             print(f"{task:<14}{row['scenes']:>8}{row['first']:>9.1%}{row['second']:>9.1%}{row['points']:>+9.2f}"
                   f"{row['standard_error']:>7.2f}{row['alike']:>8.1%}")
     if args.out:
-        with whole_file(args.out) as file:
-            json.dump(results, file, indent=1)
+        write_json(args.out, results)
 
 
 if __name__ == "__main__":

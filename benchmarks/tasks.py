@@ -10,7 +10,6 @@ and dense from the same weights and data. Emu3 style; causal routing.
 
 import argparse
 import copy
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import train_toy as toy  # noqa: E402
 from unimod_mini import calibrate, flops_ratio, layer_switch  # noqa: E402
 from unimod_mini.evaluate import CHUNK, ask_and_judge, by_category, draw_and_judge, share  # noqa: E402
-from unimod_mini.files import whole_file  # noqa: E402
+from unimod_mini.files import write_json  # noqa: E402
 from unimod_mini.generate import left_pad  # noqa: E402
 from unimod_mini.shapes import MMU_CATEGORIES, commonest_answers, phrase  # noqa: E402
 
@@ -114,8 +113,7 @@ def main() -> None:
               flush=True)
     print(f"blind in lm: {found['blind lm']:.1%}")
     if args.out:
-        with whole_file(args.out) as file:
-            json.dump(vars(args) | found, file, indent=1)
+        write_json(args.out, vars(args) | found)
 
 
 if __name__ == "__main__":

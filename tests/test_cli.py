@@ -106,9 +106,12 @@ def test_one_thing_at_a_time(checkpoint, arguments, capsys):
 
 
 @pytest.mark.parametrize("arguments, message", [(["--prompt", "a", "--top-k", "3"], "--top-k: not for pictures"),
-                                                (["--image", "a", "--question", "b", "--steps", "3"], "--steps: not for answers")])
+                                                (["--image", "a", "--question", "b", "--steps", "3"], "--steps: not for answers"),
+                                                (["--image", "a", "--question", "b", "--top-k", "3"], "give a --temperature above 0"),
+                                                (["--image", "a", "--question", "b", "--top-p", ".5", "--temperature", "0"],
+                                                 "give a --temperature above 0")])
 def test_options_that_would_not_be_read(checkpoint, arguments, message, capsys):
-    """An option of the other task is refused."""
+    """An option of the other task is refused, and one of chance where there is none."""
     with pytest.raises(SystemExit):
         main(["--checkpoint", str(checkpoint), *arguments])
     assert message in capsys.readouterr().err

@@ -187,6 +187,14 @@ def test_a_sigterm_saves_the_step_at_hand(data, whole, tmp_path, capsys):
     assert same_weights(tmp_path, whole)
 
 
+def test_a_sigterm_in_the_last_dense_step_does_not_wait_for_the_switch(data, whole, tmp_path):
+    """The checkpoint is that of the dense stage; the run that goes on switches and ends as the one that nothing stopped."""
+    assert run(tmp_path, data["showo"], *STOP, changes=["dropout", ("term", [3], 0)])["stage"] == "dense"
+    assert not (tmp_path / "plan.json").exists()
+    run(tmp_path, data["showo"], *STOP, "--resume", "auto", changes=["dropout"])
+    assert same_weights(tmp_path, whole)
+
+
 @pytest.mark.parametrize("parallel, step", (("ddp", 2), ("fsdp", 4)))
 def test_two_processes_stopped_and_resumed_give_the_same_bits(many, parallel, step):
     """A SIGTERM of one rank stops both after the same step; each goes on with its own dropout."""
@@ -297,6 +305,24 @@ def test_the_last_checkpoints_and_the_best_are_kept(tmp_path):
     assert sorted(path.name[-1] for path in tmp_path.iterdir()) == ["1", "4", "5"]
 
 
+def test_a_drawing_that_fails_loses_no_step(data, tmp_path, monkeypatch):
+    """Step 2 is saved before it is drawn."""
+    monkeypatch.setattr(full, "draw", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path, data["emu3"], *TINY, "--steps", "4", "--save-every", "2", "--sample-every", "2")
+    assert checkpoints.broken(tmp_path / "checkpoints" / "step-00000002") is None
+
+
+def test_a_checkpoint_over_what_an_older_call_left(whole, tmp_path):
+    """A broken step-00000006 beside a step-00000006.tmp: both give way to the new one."""
+    shutil.copytree(whole / "checkpoints" / "step-00000005", tmp_path / "step-00000006")
+    damage(tmp_path / "step-00000006", ".metadata")
+    (tmp_path / "step-00000006.tmp").mkdir()
+    (tmp_path / "step-00000006.tmp" / "x").write_text("x")
+    checkpoints.save(tmp_path, 6, {"a": torch.ones(1)}, {}, Ranks(0, 1, 0))
+    assert checkpoints.broken(tmp_path / "step-00000006") is None and [path.name for path in tmp_path.iterdir()] == ["step-00000006"]
+
+
 def test_without_a_whole_checkpoint_nothing_is_overwritten(data, whole, tmp_path):
     """When every checkpoint is damaged, as no kill leaves them, --resume auto stops and the metrics stay."""
     shutil.copytree(whole, tmp_path / "out")
@@ -403,6 +429,20 @@ def test_init_takes_the_weights_and_nothing_else(data, tmp_path, backbone, init)
             assert "score" not in name or not weight.any()
         else:
             assert torch.equal(weight, old.state_dict()[name])
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_init_trains_in_float32_whatever_the_file(data, tmp_path, dtype):
+    """Half-precision weights as --init: the model is float32, so that a run that was stopped ends as one that was not."""
+    with changed():
+        old = build(full.model_config("tiny", full.Shards(data["emu3"]).tokenizer), dtype=torch.float32).to(dtype)
+    save_checkpoint(tmp_path / "old.pt", old)
+    given = [*TINY, "--steps", "4", "--dense", "0.5", "--init", str(tmp_path / "old.pt")]
+    run(tmp_path / "whole", data["emu3"], *given)
+    run(tmp_path / "stopped", data["emu3"], *given, changes=[("term", [1], 0)])
+    run(tmp_path / "stopped", data["emu3"], *given, "--resume", "auto")
+    model, _ = load_checkpoint(tmp_path / "whole" / "model.pt")
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32} and same_weights(tmp_path / "whole", tmp_path / "stopped")
 
 
 def test_init_takes_a_folder_of_checkpoints_too(data, whole, tmp_path):
@@ -578,6 +618,27 @@ def test_a_budget_out_of_reach_is_refused_at_once(data, tmp_path):
     with pytest.raises(ValueError, match=r"--budget 0.02 is out of reach: the head alone costs 0\.\d+ of dense with \d+ ids"):
         run(tmp_path, data["emu3"], *SHORT, "--budget", "0.02")
     run(tmp_path, data["emu3"], *TINY, "--steps", "1", "--dense", "1", "--budget", "0.02")
+    with pytest.raises(ValueError, match="--budget 0.02 is out of reach"):                 # a run that goes on, too
+        run(tmp_path, data["emu3"], *TINY, "--steps", "4", "--dense", "0.8", "--budget", "0.02", "--resume", "auto")
+
+
+def test_fewer_steps_than_are_done_are_refused(data, whole, tmp_path):
+    """Neither a stage that has not ended, nor one step of UniMoD, is called finished; a finished run may be asked again."""
+    shutil.copytree(whole, tmp_path / "out")
+    with pytest.raises(ValueError, match="step-00000006 is past --steps 5, in stage unimod: ask for more steps"):
+        run(tmp_path / "out", data["showo"], *TINY, "--steps", "5", *STOP[-4:], "--resume", "auto", changes=["dropout"])
+    run(tmp_path / "out", data["showo"], *STOP, "--resume", "auto", changes=["dropout"])
+    run(tmp_path / "dense", data["showo"], *STOP, changes=[("term", [2], 0)])
+    with pytest.raises(ValueError, match="step-00000002 is past --steps 2, in stage dense"):
+        run(tmp_path / "dense", data["showo"], *TINY, "--steps", "2", *STOP[-4:], "--resume", "auto")
+
+
+def test_a_task_without_held_out_samples_is_reported_on_those_of_training(data, tmp_path):
+    """lm has none: its predictors are judged all the same."""
+    run(tmp_path, data["emu3"], *TINY, "--lm", "4", "--steps", "2", "--dense", "0.5")
+    model, stored = load_checkpoint(tmp_path / "model.pt")
+    routed = {task for layer in range(model.plan.n_layer) for task in model.plan.routed(layer)}
+    assert {row["task"] for row in stored["predictor"]["by_layer"]} == routed and "lm" in routed
 
 
 def test_a_switch_is_never_rounded_away(data, tmp_path):

@@ -282,6 +282,22 @@ def test_what_is_broken_is_listed_and_the_rest_is_kept(tmp_path):
     assert max(map(len, skipped)) < 200 + len(str(photos))
 
 
+def test_names_that_are_no_utf8(tmp_path):
+    """A Latin-1 name in a tar and in a folder: the picture counts, held out or not, and is listed when it is broken."""
+    name, photos = os.fsdecode(b"caf\xe9.png"), folder_of(tmp_path / "photos", CAPTIONS)
+    (photos / "2.png").rename(photos / name)
+    (photos / os.fsdecode(b"\xe9.png")).write_bytes(b"broken")
+    rows = [{"file_name": "5.png", "text": "a"}, {"file_name": name, "text": "b"}, {"file_name": os.fsdecode(b"\xe9.png"), "text": "c"}]
+    (photos / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tar = tar_of(tmp_path / "a.tar", {name: png(6), name.replace("png", "txt"): b"d"})
+    for held in (0, .9):
+        run(photos, tar, tmp_path / f"out{held}", *TINY, "--held", held)
+        assert {question for question, _, _ in pictures_of(tmp_path / f"out{held}")} == {"a", "b", "d"}
+        assert (tmp_path / f"out{held}" / "skipped.txt").read_text().startswith("\\udce9.png: cannot be read as a picture")
+    keys = {json.loads(row)["key"] for row in (tmp_path / "out0.9" / "held.jsonl").read_text().splitlines()}
+    assert name in keys and "a.tar/" + name.removesuffix(".png") in keys
+
+
 def test_a_csv_that_breaks_off(tmp_path):
     """A field that is too long for a table ends it; what was before is kept."""
     photos = folder_of(tmp_path / "photos", csv=True)
@@ -495,7 +511,7 @@ def test_other_options_are_refused(tmp_path):
     photos = folder_of(tmp_path / "photos")
     run(photos, tmp_path / "out", *TINY)
     for _ in range(2):
-        with pytest.raises(SystemExit, match="out was begun with size 8, not 16: give the same options, or another"):
+        with pytest.raises(SystemExit, match="out was begun with --size 8, not 16: give the same options, or another"):
             run(photos, tmp_path / "out", *TINY, "--size", 16)
         run(photos, tmp_path / "out", *TINY)
         for path in (tmp_path / "out" / "work").iterdir():

@@ -28,20 +28,15 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from .config import ModelConfig
 from .distributed import Ranks, from_first, local, wait_for_all
-from .files import whole_file
+from .files import write_json
 from .pretrained import load_pretrained, pretrained_config
 from .routers import Plan
+from .settings import flag
 from .shards import HEADER
 from .trainer import load_checkpoint
 from .transformer import UnifiedTransformer
 
 FACTS = "run.json"
-
-
-def write_json(path, content) -> None:
-    """Written to a temporary name, then renamed."""
-    with whole_file(path) as file:
-        file.write(json.dumps(content, indent=1) + "\n")
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -106,8 +101,8 @@ def save(folder: Path, step: int, tensors: dict, facts: dict, ranks: Ranks) -> P
     if from_first(lambda: broken(path) is None):           # one rank looks: a shared disk may show others an older one
         return path
     if ranks.first:
-        discard(path)                                      # one of this step that was cut short
         shutil.rmtree(part, ignore_errors=True)
+        discard(path)                                      # one of this step that was cut short
         part.mkdir(parents=True)
     wait_for_all()
     collectively(dcp.save, tensors, part)
@@ -196,7 +191,7 @@ def refuse_another(path: Path, then: dict, now: dict, free: set) -> dict:
             raise ValueError(f"{path} was trained on other {name} than --data has: give the --data of that run, or "
                              "choose another --out")
     before = then["config"]
-    told = {name: f"--{name.replace('_', '-')} {before.get(name)}, now {value}" for name, value in now["config"].items()
+    told = {name: f"{flag(name)} {before.get(name)}, now {value}" for name, value in now["config"].items()
             if value != before.get(name)}
     if wrong := [text for name, text in told.items() if name not in free]:
         raise ValueError(f"{path} belongs to a run with other settings: {'; '.join(wrong)}. Give the same, or choose "
@@ -265,7 +260,7 @@ def begin_with(path: str, sizes: ModelConfig, plan: Plan | None) -> UnifiedTrans
     folder of Hugging Face. ValueError when their model is not one of these sizes.
     """
     if is_pretrained(path):
-        model = load_pretrained(path, torch.float32)
+        model = load_pretrained(path)
     elif file := model_file(path):
         model, _ = load_checkpoint(file)
     else:
@@ -275,7 +270,7 @@ def begin_with(path: str, sizes: ModelConfig, plan: Plan | None) -> UnifiedTrans
     if other := [f"{name} {there[name]} instead of {value}" for name, value in here.items() if there[name] != value]:
         raise ValueError(f"{path} is another model than the preset and the data make: {', '.join(other)}. Without "
                          "--preset its own sizes are taken")
-    return model.with_plan(plan, max_length=sizes.max_length, image_start=sizes.image_start)
+    return model.float().with_plan(plan, max_length=sizes.max_length, image_start=sizes.image_start)
 
 
 def as_data(config: ModelConfig, max_length: int, image_start: int) -> ModelConfig:

@@ -1,6 +1,7 @@
 """Files that are whole or not there: written under a temporary name, then renamed."""
 
 import contextlib
+import json
 import os
 
 
@@ -11,3 +12,9 @@ def whole_file(path, mode: str = "w", **options):
     with open(f"{path}.tmp", mode, **text, **options) as file:
         yield file
     os.replace(f"{path}.tmp", path)
+
+
+def write_json(path, content) -> None:
+    """Plain data as one JSON text."""
+    with whole_file(path) as file:
+        file.write(json.dumps(content, indent=1) + "\n")

@@ -289,6 +289,8 @@ def main(argv=None) -> None:
         "--top-k": args.top_k, "--top-p": args.top_p}
     if unread := [name for name, value in idle.items() if value is not None]:
         cli.error(f"{', '.join(unread)}: not for {'answers' if args.prompt is None else 'pictures'}")
+    if (args.top_k is not None or args.top_p is not None) and not args.temperature:
+        cli.error("--top-k and --top-p are about what is drawn by chance: give a --temperature above 0 as well")
     try:
         run(args)
     except FileNotFoundError as error:

@@ -143,7 +143,8 @@ def samples(model, tokenizer, drawn: list, asked: list, drawing: dict, path: Pat
         return "no captions and no questions: nothing to show"
     path.parent.mkdir(parents=True, exist_ok=True)
     images, text = torch.cat(sheet), "\n".join(texts)
-    path.with_suffix(".txt").write_text(text + "\n")
+    with whole_file(path.with_suffix(".txt")) as file:
+        file.write(text + "\n")
     if images.dim() == 3:
         return f"{text}\n{write_codes(images, path.with_suffix('.npy'))}"
     return f"{text}\n{save_png(images, texts, path.with_suffix('.png'), max(1, 128 // images.shape[1]))}"

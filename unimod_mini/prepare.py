@@ -37,8 +37,9 @@ from tqdm import tqdm
 from .chunks import Chunks
 from .codec import ByteText, Codes, HFText, Palette, WordText
 from .emoji import CREDITS, Emoji, check_size, fetch_emoji, write_notice
-from .files import whole_file
+from .files import whole_file, write_json
 from .shards import Sample, read_tokenizer, text_ids, write_shards
+from .settings import flag
 from .show import pillow, save_png
 from .sources import ACCEPTED, DESCRIBE, read_source
 from .tokenizer import Tokenizer
@@ -149,7 +150,7 @@ def judge_codec(chunks: Chunks, codec, numbers: dict, out: Path, seed: int) -> d
             those, images = some_pictures(chunks, those, JUDGE, seed)
             report = measure(images, codec)
             results[split] = {name: round(x, 4) if x < math.inf else None            # JSON has no infinity
-                              for name, x in report._asdict().items() if name != "seconds"}
+                              for name, x in report._asdict().items()}
             print(f"{split:<6}{len(images)} pictures come back with a mean error of {report.error:.2f} of 255, psnr "
                   f"{report.psnr:.2f} dB; {report.usage:.1%} of {codec.n_codes} codes used, perplexity "
                   f"{report.perplexity:.0f}")
@@ -201,14 +202,14 @@ def samples(chunks: Chunks, tokenizer: Tokenizer, split: str, task: str, total: 
         if task == "mmu" and isinstance(tokenizer.text, HFText):
             question, answer = tokenizer.text.chat(CAPTION if question == DESCRIBE else question, answer)
         try:
-            text_ids(tokenizer, task, question, answer)
+            ids = text_ids(tokenizer, task, question, answer)
         except ValueError as error:
             skipped.append((record["key"], str(error)))
             continue
         if split == "held":
             row = {"task": task, "kind": record["kind"], "key": record["key"], "question": question, "answer": answer}
             listing.write(json.dumps(row, ensure_ascii=False) + "\n")
-        yield Sample(question, answer, chunks.picture("codes", record["picture"]).long())
+        yield Sample(*ids, chunks.picture("codes", record["picture"]).long())          # their ids: checked once
 
 
 def write_data(chunks: Chunks, tokenizer: Tokenizer, out: Path, about: dict) -> dict:
@@ -271,7 +272,7 @@ def fill_in(args) -> None:
             ("scenes", args.sources == ["emoji"], "only emoji has scenes"),
             ("image_root", questions, "no source is a .json or .jsonl of questions")):
         if getattr(args, name) is not None and not is_read:
-            raise ValueError(f"--{name.replace('_', '-')} has no effect: {why}")
+            raise ValueError(f"{flag(name)} has no effect: {why}")
         if getattr(args, name) is None:
             setattr(args, name, DEFAULTS.get(name))
 
@@ -280,7 +281,7 @@ def check(args) -> None:
     """ValueError, FileNotFoundError or ImportError for what would fail later; fills in what was not given."""
     for name in ("size", "patch", "codes", "width", "vq_steps", "workers", "limit", "text_length"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+            raise ValueError(f"{flag(name)} must be at least 1, got {getattr(args, name)}")
     stored = None if args.image in (*TRAINED, "codes") else load_codec(args.image)
     if args.image == "codes" and args.codes is None:
         raise ValueError("--image codes: say how many there are, --codes 8192 for Show-o, --codes 32768 for Emu3")
@@ -328,14 +329,13 @@ def begin(args, out: Path) -> dict:
                   else json.loads((out / "dataset.json").read_text(encoding="utf-8")).get("options", {}))
         for name, value in options.items():
             if before.get(name) != value:
-                raise ValueError(f"{out} was begun with {name.replace('_', '-')} {before.get(name)}, not {value}: give "
+                raise ValueError(f"{out} was begun with {flag(name)} {before.get(name)}, not {value}: give "
                                  "the same options, or another folder")
         return options
     if out.is_file() or any(path.is_file() and path.name != "options.json.tmp" for path in out.rglob("*")):
         raise FileExistsError(f"{out} holds other things: choose a new or an empty folder")
     settings.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(settings) as file:
-        json.dump(options, file)
+    write_json(settings, options)
     return options
 
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .files import whole_file
+from .files import write_json
 
 TASKS = ("t2i", "mmu", "lm")
 GOLDEN = 2654435769  # 2^32 / golden ratio: its multiples modulo 2^32 are spread as evenly as can be
@@ -103,8 +103,7 @@ class Plan:
 
     def save(self, path) -> None:
         """Write as JSON, to a temporary name first."""
-        with whole_file(path) as file:
-            json.dump(asdict(self), file, indent=1)
+        write_json(path, asdict(self))
 
     @classmethod
     def load(cls, path) -> "Plan":

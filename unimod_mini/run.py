@@ -13,7 +13,6 @@ Departure from the usual: the optimiser is not asked whether it may step, and no
 """
 
 import gc
-import math
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
@@ -26,8 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from .checkpoints import named_tensors
 from .distributed import freeze_unused, local, reshard, synchronised, total, whole, wrap
 from .objectives import Objective, token_counts
-from .tokenizer import Batch
-from .trainer import Muon, clip_gradients, hidden_and_rest, precision
+from .trainer import Muon, clip_gradients, hidden_and_rest, learning_rate, precision
 from .transformer import UnifiedTransformer
 
 
@@ -51,7 +49,7 @@ def share_out(batches: list, stop: bool = False) -> tuple[list, bool]:
 def to_device(micro: dict, device: torch.device) -> dict:
     """{task: Batch} on the device; through pinned memory for CUDA, so that the host does not wait for the copy."""
     if device.type == "cuda":
-        micro = {task: Batch(*(None if t is None else t.pin_memory() for t in batch)) for task, batch in micro.items()}
+        micro = {task: batch.map(Tensor.pin_memory) for task, batch in micro.items()}
     return {task: batch.to(device) for task, batch in micro.items()}
 
 
@@ -80,14 +78,10 @@ class Run:
         self.average = {name: p.detach().clone() for name, p in model.named_parameters()} if self.config.ema else {}
 
     def rate(self) -> float:
-        """Factor of the peak rate: up over the stage's warm-up; in the last stage down to 0 by cosine or in a line.
-
-        A dense stage that a switch will end stays at the peak: what UniMoD takes out has to be learnt anew.
-        """
-        up = min(1.0, (self.step - self.since + 1) / self.config.warmup)
-        last = self.stage == "unimod" or self.config.dense >= 1
-        left = max(0.0, (self.config.steps - self.step) / (self.config.steps - self.since)) if last else 1.0
-        return up * (left if self.config.decay == "linear" else (1 - math.cos(math.pi * left)) / 2)
+        """Factor of the peak rate. A dense stage that a switch will end stays at the peak: what UniMoD takes out has to
+        be learnt anew."""
+        last, since = self.stage == "unimod" or self.config.dense >= 1, self.since
+        return learning_rate(self.step - since, self.config.steps - since, self.config.warmup, last, self.config.decay)
 
     def advance(self, batches: list, parts: list) -> tuple[Tensor, Tensor]:
         """One step -> losses (tasks, 2), of the task and of its predictors, and the gradient's norm: on the device."""

@@ -17,13 +17,18 @@ def nearest(name: str, names) -> str:
     return f": did you mean {near[0]}?" if near else f": choose from {', '.join(names)}"
 
 
+def flag(name: str) -> str:
+    """A field as the command line writes it."""
+    return "--" + name.replace("_", "-")
+
+
 def typed(name: str, kind: type, text: str):
     """One value. ValueError names the key, what was given and what is expected."""
     try:
         return WORDS[text.lower()] if kind is bool else kind(text)
     except (KeyError, ValueError):
         expected = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
-        raise ValueError(f"--{name.replace('_', '-')} {text}: expected {expected}") from None
+        raise ValueError(f"{flag(name)} {text}: expected {expected}") from None
 
 
 def overrides(config: type, argv: list) -> dict:
@@ -35,7 +40,7 @@ def overrides(config: type, argv: list) -> dict:
         if not key.startswith("--"):
             raise ValueError(f"{key!r} is no --key: every setting is written --key value")
         if name not in kinds:
-            raise ValueError(f"unknown setting {key}" + nearest(key, [f"--{n.replace('_', '-')}" for n in kinds]))
+            raise ValueError(f"unknown setting {key}" + nearest(key, [flag(n) for n in kinds]))
         if name in out:
             raise ValueError(f"{key} is given twice")
         if not given:
@@ -49,10 +54,10 @@ def overrides(config: type, argv: list) -> dict:
 
 def listing(config) -> str:
     """A configuration, one `--key value` a line."""
-    return "\n".join(f"  --{field.name.replace('_', '-'):<26}{getattr(config, field.name)}" for field in fields(config))
+    return "\n".join(f"  {flag(field.name):<28}{getattr(config, field.name)}" for field in fields(config))
 
 
 def help_of(config: type) -> str:
     """The fields of a dataclass as its source has them: name, type, default and comment."""
     lines = [line.strip().partition(":") for line in inspect.getsource(config).split("\n\n")[0].splitlines()[2:]]
-    return "\n".join(f"  --{name.replace('_', '-')}:{rest}" for name, _, rest in lines)
+    return "\n".join(f"  {flag(name)}:{rest}" for name, _, rest in lines)

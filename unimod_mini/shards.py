@@ -152,12 +152,12 @@ def letters(text: str) -> str:
     return "".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
-def record(tokenizer: Tokenizer, task: str, question: str, answer: str, codes: Tensor | None) -> list:
-    """One sample -> n_question, n_answer, S text ids, N codes."""
+def record(tokenizer: Tokenizer, task: str, question, answer, codes: Tensor | None) -> list:
+    """One sample -> n_question, n_answer, S text ids, N codes. question and answer: texts, or what text_ids made of them."""
     if answer and task != "mmu" or (codes is None) != (task == "lm"):
         raise ValueError(f"a sample of {task} has {'no picture' if task == 'lm' else 'a picture'} and "
                          f"{'an' if task == 'mmu' else 'no'} answer: {question!r}, {answer!r}")
-    asked, answered = text_ids(tokenizer, task, question, answer)
+    asked, answered = (question, answer) if isinstance(question, list) else text_ids(tokenizer, task, question, answer)
     text = asked + answered
     if codes is not None:
         tokenizer.image_ids(codes[None])                                     # checks the grid and the range

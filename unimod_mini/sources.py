@@ -51,7 +51,8 @@ class Skipped(NamedTuple):
 
 def share(*key) -> float:
     """A number in [0, 1) that is the same for the same key on every machine."""
-    return int.from_bytes(hashlib.sha256("\0".join(key).encode()).digest()[:8]) / 2**64
+    name = "\0".join(key).encode(errors="surrogatepass")   # a file's name need not be UTF-8
+    return int.from_bytes(hashlib.sha256(name).digest()[:8]) / 2**64
 
 
 def captioned(key: str, picture, text: str) -> Item:

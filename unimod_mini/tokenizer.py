@@ -48,8 +48,12 @@ class Batch(NamedTuple):
         """Keyword arguments of UnifiedTransformer.forward."""
         return {"ids": self.ids, "spans": self.spans, "valid": self.valid}
 
+    def map(self, change) -> "Batch":
+        """change(tensor) for every tensor that is there."""
+        return Batch(*(None if t is None else change(t) for t in self))
+
     def to(self, device) -> "Batch":
-        return Batch(*(None if t is None else t.to(device, non_blocking=True) for t in self))
+        return self.map(lambda t: t.to(device, non_blocking=True))
 
 
 class Tokenizer:
@@ -129,6 +133,12 @@ class Tokenizer:
         if self.image_start <= i < self.image_end:
             return f"<{i - self.image_start}>"
         raise ValueError(f"no id {i}: this tokenizer has 0 to {self.vocab_size - 1}")
+
+    @property
+    def picture_length(self) -> int:
+        """Tokens of a picture with its header and footer; emu3: and an EOL after every row."""
+        ends = self.grid[0] if self.backbone == "emu3" else 0
+        return len(self.image_header()) + self.n_image + ends + len(self.image_footer())
 
     # ------------------------------------------------------------------------------- pieces of a sequence
 
@@ -249,10 +259,8 @@ class Tokenizer:
 
     def mmu_overhead(self) -> int:
         """Tokens of an mmu sequence that are not counted as text budget."""
-        image = len(self.image_header()) + len(self.image_footer()) + self.grid[0] * (self.grid[1] + 1)
-        if self.backbone == "showo":
-            return self.n_image + 3
-        return 1 + image + len(self.text.encode(self.system)) + len(self.text.encode(self.assistant))
+        around = [] if self.backbone == "showo" else self.text.encode(self.system) + self.text.encode(self.assistant)
+        return 1 + self.picture_length + len(around)                         # mmu or BOS in front
 
     def lm(self, texts: list) -> Batch:
         """Text only. showo: sot text eot [PAD..]; emu3: BOS text EOS [PAD..]. Labels: all of it, shifted."""
@@ -264,16 +272,19 @@ class Tokenizer:
 
     def length(self, task: str) -> int:
         """T of a task: S + N + 3 for every task of showo; for emu3 what its layout needs at most."""
-        if self.backbone == "showo":
-            return self.text_length + self.n_image + 3
-        image = len(self.image_header()) + len(self.image_footer()) + self.grid[0] * (self.grid[1] + 1)
-        return {"t2i": self.text_length + image + 2, "mmu": self.mmu_overhead() + self.text_length,
-                "lm": self.text_length + 2}[task]
+        if self.backbone == "showo" or task == "mmu":
+            return self.mmu_overhead() + self.text_length
+        return self.text_length + 2 + (self.picture_length if task == "t2i" else 0)          # BOS and EOS
 
     def room(self, task: str) -> int:
         """How many text ids a sample of a task may have, question and answer together."""
         ends = {"t2i": 2, "mmu": 2} if self.backbone == "showo" else {"t2i": 0, "mmu": 1}    # sot, eot; EOS
         return self.length("lm") - 2 if task == "lm" else self.text_length - ends[task]
+
+    def sizes(self) -> dict:
+        """The fields of a ModelConfig that follow from this tokenizer; max_length leaves room for longer answers."""
+        return {"vocab_size": self.vocab_size, "image_start": self.image_start,
+                "max_length": max(map(self.length, ("t2i", "mmu"))) + self.text_length}
 
     def pad_rows(self, rows: list, length: int, left: bool = False) -> tuple[Tensor, Tensor]:
         """Lists of ids -> ids (B, length) and valid (B, length) bool."""

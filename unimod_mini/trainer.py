@@ -3,7 +3,7 @@
 Legend: B batch, T tokens.
 """
 
-import random
+import math
 from dataclasses import asdict
 
 import torch
@@ -41,7 +41,6 @@ def precision_name(device: torch.device) -> str:
 
 
 def seed_everything(seed: int) -> None:
-    random.seed(seed)
     torch.manual_seed(seed)
 
 
@@ -112,11 +111,11 @@ def make_optimizers(model: nn.Module, muon_lr: float = 0.01, lr: float = 2e-3) -
     return [Muon(hidden, muon_lr), torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)]
 
 
-def learning_rate(step: int, steps: int, warmup: int = 20, decay: float = 0.0) -> float:
-    """Factor of the peak rate: up over `warmup` steps, flat, down to zero over the last `decay` share of the steps."""
-    up = min(1.0, (step + 1) / warmup)
-    down = min(1.0, (steps - step) / max(1.0, decay * steps))
-    return min(up, down)
+def learning_rate(step: int, steps: int, warmup: int = 20, decay: float = 0.0, shape: str = "linear") -> float:
+    """Factor of the peak rate: up over `warmup` steps, flat, down to zero over the last `decay` share of the steps, in a
+    line or by "cosine"."""
+    up, left = min(1.0, (step + 1) / warmup), min(1.0, (steps - step) / max(1.0, decay * steps))
+    return up * (left if shape == "linear" else (1 - math.cos(math.pi * left)) / 2)
 
 
 def clip_gradients(model: nn.Module, limit: float) -> torch.Tensor:
@@ -170,7 +169,7 @@ def decisions(model: UnifiedTransformer, batch, task: str, rule: str) -> tuple[l
     rows = max(1, LOGITS // (batch.ids.shape[1] * model.config.vocab_size))
     pieces = []
     for start in range(0, len(batch.ids), rows):
-        part = type(batch)(*(None if t is None else t[start:start + rows] for t in batch))
+        part = batch.map(lambda t: t[start:start + rows])
         pieces.append(model(**part.inputs(), task=task, routing=rule).routing)
     layers = [None if layer[0] is None else layer for layer in zip(*pieces)]
     return tuple([None if layer is None else torch.cat([getattr(routing, name) for routing in layer])

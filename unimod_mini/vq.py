@@ -10,7 +10,6 @@ Departures: no perceptual or adversarial loss, no time axis; codes that fall out
 Dimensions: B images, H x W pixels, p patch, h = H / p, w = W / p, D latent width, C codes,
 N = B h w latents. Symbols: z a latent, e_c code c, q the code chosen for z, sg stop-gradient.
 """
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,7 +37,6 @@ class VQReport(NamedTuple):
     psnr: float  # peak signal-to-noise ratio in dB, inf when every pixel is right
     usage: float  # share of the C codes that occur at least once
     perplexity: float  # exp(entropy of the codes): how many are in use in effect, 1..C
-    seconds: float  # wall-clock time of the training loop, of this call alone
 
 
 def require(ok: bool, message: str) -> None:
@@ -144,9 +142,8 @@ class VQ(nn.Module):
 
 def fit_vq(images: Tensor, vq: VQ, steps: int, seed=0, batch=32, progress=True, state=None) -> VQReport:
     """train_vq, and a report on those same images."""
-    start = time.perf_counter()
     train_vq(images, vq, steps, seed, batch, progress, state)
-    return measure(images, vq, time.perf_counter() - start)
+    return measure(images, vq)
 
 
 def train_vq(images: Tensor, vq: VQ, steps: int, seed=0, batch=32, progress=True, state=None) -> None:
@@ -192,7 +189,7 @@ def load_training(path, vq: VQ, optimizer, generator: torch.Generator) -> int:
     return state["done"]
 
 
-def measure(images: Tensor, vq: VQ, seconds: float = 0.0) -> VQReport:
+def measure(images: Tensor, vq: VQ) -> VQReport:
     """Reconstruct uint8 images (B, H, W, 3), count the codes; ValueError if they do not fit."""
     absolute, square, counts = 0, 0, torch.zeros(vq.n_codes, dtype=torch.long)
     for part in images.split(64):  # sums of whole numbers: the pieces change no figure
@@ -203,4 +200,4 @@ def measure(images: Tensor, vq: VQ, seconds: float = 0.0) -> VQReport:
     error = absolute / images.numel()
     psnr = 10 * torch.log10(255**2 * images.numel() / square)  # 10 log10(255^2 / MSE)
     usage, perplexity = (counts > 0).float().mean(), entr(counts / counts.sum()).sum().exp()
-    return VQReport(*(x.item() for x in (error, psnr, usage, perplexity)), seconds)
+    return VQReport(*(x.item() for x in (error, psnr, usage, perplexity)))
