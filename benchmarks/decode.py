@@ -55,9 +55,10 @@ def prefilled(model, prompt, batch: int, n_new: int) -> Cache:
         model(chunk, task=TASK, routing="causal", cache=few)
     cache = Cache(model, TASK, batch, T + n_new)
     again = torch.arange(batch, device=prompt.device) % D
-    cache.length, cache.n_valid, cache.n_image = few.length, few.n_valid[again], few.n_image[again]
+    counts = [[source.counts[b] for b in again.tolist()] for source in few.layers]
+    cache.rewind((few.length, few.n_valid[again], few.n_image[again], None, counts))
     for layer, source in zip(cache.layers, few.layers):
-        layer.n_slot, layer.counts = source.n_slot, [source.counts[b] for b in again.tolist()]
+        layer.n_slot = source.n_slot
         layer.k, layer.v, layer.positions = source.k[again], source.v[again], source.positions[again]
     return cache
 
@@ -169,7 +170,7 @@ def cached_against_recomputed(pair: dict, device, first: int = 192, last: int = 
     for name, model in pair.items():
         cache, clock = prefilled(model, ids[:, :first], 1, last - first), Clock(device)
         decode(model, cache, ids[:, first:], clock)
-        for stop in range(first, last):
+        for stop in range(first + 1, last + 1):
             model(ids[:, :stop], task=TASK, routing="causal")
             clock()
         cached, again = (1000 * statistics.median(part) for part in (clock.seconds[:last - first],

@@ -194,6 +194,9 @@ def main() -> None:
     shards, chunks = Shards(data), Chunks(data / "work")
     if not len(chunks):
         parser.error(f"{data}/work is empty: the judge needs the real pictures, prepare the data again")
+    models = dict(spec.partition("=")[::2] for spec in args.models)
+    if lost := [f"{name}={path}" for name, path in models.items() if not Path(path).is_file()]:
+        parser.error(f"{', '.join(lost)}: expected NAME=FILE, a checkpoint that is there")
     tokenizer, rng = shards.tokenizer, Random(f"prompts {args.seed}")
     drawing = {"temperature": args.temperature, "guidance": args.guidance, "steps": 16}
     seen, held = singles(chunks, "train", ""), singles(chunks, "held", "style x concept")
@@ -209,17 +212,16 @@ def main() -> None:
     asked, codes = held_questions(data, shards, args.asked, args.seed)
     blind = blind_answers(chunks)
     results["answered"]["blind"] = by_kind([(q.category, blind.get(q.text) == q.answer) for q in asked])
-    for spec in args.models:
-        name, _, path = spec.partition("=")
+    for name, path in models.items():
         model, stored = load_checkpoint(path, device)
         if tokenizer_hash(Tokenizer.from_state(stored["tokenizer"])) != shards.tokenizer_hash:
             parser.error(f"{path} was trained with another tokenizer than {data} has")
         with precision(device):
             for split, pictures in prompts.items():
                 rows[split].append(draw(model, tokenizer, [p.caption for p in pictures], drawing, f"{name} {split}"))
-                results["drawn"][f"{name} {split}"] = verdict(judge, pictures, rows[split][-1])
             with tqdm(total=len(asked), desc=f"{name} answers", unit="question") as bar:
                 results["answered"][name] = by_kind(ask_and_judge(model, tokenizer, asked, codes, bar))
+        results["drawn"] |= {f"{name} {split}": verdict(judge, prompts[split], rows[split][-1]) for split in prompts}
     report(results, Counter(q.category for q in asked))
     out.mkdir(parents=True, exist_ok=True)
     for split, pictures in prompts.items():

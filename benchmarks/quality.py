@@ -74,6 +74,8 @@ def main() -> None:
     parser.add_argument("--out", help="write the figures as JSON to this file")
     args = parser.parse_args()
     device, (first, second) = find_device(), ("right", "wrong") if args.labels else ("top-k", "causal")
+    if lost := [path for path in args.checkpoints if not Path(path).is_file()]:          # before hours of the others
+        parser.error(f"{', '.join(lost)}: no such file")
     results = {path: compare(path, args.scenes, args.seed, args.labels, device) for path in args.checkpoints}
     for path, tasks in results.items():
         print(f"\n{path}\n{'':<14}{'scenes':>8}{first:>9}{second:>9}{'points':>9}{'s.e.':>7}{'alike':>8}")

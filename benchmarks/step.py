@@ -77,7 +77,8 @@ def parse(argv=None) -> argparse.Namespace:
     for name, value in (QUICK if args.quick else SIZES).items():
         if getattr(args, name) is None and not (args.preset and name in ("width", "layers")):
             setattr(args, name, value)
-    if min(args.layers or 1, args.width or 1, args.length, args.batch) < 1 or args.seconds < 0 or args.interval <= 0:
+    sizes = [size for size in (args.layers, args.width, args.length, args.batch) if size is not None]
+    if min(sizes) < 1 or args.seconds < 0 or args.interval <= 0:
         parser.error("sizes must be at least 1, --seconds at least 0, --interval above 0")
     return args
 

@@ -213,6 +213,9 @@ def test_what_competition_refuses():
     for model in (build(config, Plan.interleaved(N_LAYER)), build(tiny("emu3", n_layer=1))):
         with pytest.raises(ValueError, match="a dense model of two layers or more is needed"):
             analysis.competition(model, lambda: {"mmu": batch}, 1, {"mmu": 1.0})
+    for wrong in ({"steps": -1}, {"counted": 0}, {"share": 1.5}, {"share": 0.0}):
+        with pytest.raises(ValueError, match="competition: steps must be at least 0, counted at least 1 and share in"):
+            analysis.competition(build(config), lambda: {"mmu": batch}, **{"steps": 1, "weights": {"mmu": 1.0}} | wrong)
     with pytest.raises(ValueError, match="unknown task 'lm'"):
         analysis.competition(build(config, Plan.dense(N_LAYER)), lambda: {"lm": batch}, 1, {"lm": 1.0})
     with pytest.raises(ValueError, match="the vocabulary is"):

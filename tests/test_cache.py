@@ -312,6 +312,28 @@ def test_another_dtype_in_a_later_chunk():
     assert cache.length == 2 and cache.layers[0].counts == [2]
 
 
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("layer", range(3))
+def test_a_chunk_that_failed_half_way_is_forgotten(backbone, layer):
+    """An error in any layer: the same chunk, fed again, gives the logits and the counts of a cache that met no error."""
+    model = build(tiny(backbone, image_positions=4), one_plan(1, .5, .7))
+    (a, b), logits = (torch.tensor([[1, 21, 22], [2, 3, 23]]), torch.tensor([[4, 24], [25, 5]])), []
+    for fails in (False, True):
+        cache = Cache(model, "mmu", 2, 9)
+        with torch.no_grad():
+            model(a, task="mmu", routing="causal", cache=cache)
+            if fails:
+                hook = model.blocks[layer].register_forward_hook(lambda *_: 1 / 0)
+                with pytest.raises(ZeroDivisionError):
+                    model(b, task="mmu", routing="causal", cache=cache)
+                hook.remove()
+            logits.append(model(b, task="mmu", routing="causal", cache=cache).logits)
+        counts = [one.counts for one in cache.layers]
+        assert cache.n_image.flatten().tolist() == [3, 2] and counts == (counts if not fails else before)
+        before = counts
+    assert torch.equal(*logits)
+
+
 @pytest.mark.parametrize("dtype", (torch.int32, torch.uint8))
 def test_spans_of_another_integer_type(dtype):
     """Behind a cache spans may be of any integer type, as without one."""

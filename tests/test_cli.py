@@ -2,9 +2,11 @@
 import pytest
 import torch
 
-from unimod_mini import Palette, Plan, Tokenizer, UnifiedTransformer, WordText, load_checkpoint, save_checkpoint
+from unimod_mini import (VQ, ByteText, Palette, Plan, Tokenizer, UnifiedTransformer, WordText, generate, load_checkpoint,
+                         save_checkpoint)
 from unimod_mini.config import ModelConfig
-from unimod_mini.generate import generate_image, main, parser
+from unimod_mini.data import read_image
+from unimod_mini.generate import generate_codes, generate_image, main, parser
 from unimod_mini.show import enlarged, kept_tokens, read_png, write_png
 
 pytest.importorskip("PIL", reason="PNG files need the optional pillow")
@@ -80,7 +82,7 @@ def test_draw_then_ask(checkpoint, tmp_path, capsys):
     (["--prompt", "red", "--temperature", "-1"], "temperature must be finite and >= 0"),
     (["--prompt", "red", "--temperature", "nan"], "temperature must be finite and >= 0"),
     (["--image", "small.png", "--question", "describe ?"], "small.png has 5x4 pixels, this model sees 6x4"),
-    (["--image", "foreign.pt", "--question", "describe ?"], "foreign.pt cannot be read as a picture"),
+    (["--image", "foreign.pt", "--question", "describe ?"], "foreign.pt: cannot be read as a picture"),
     (["--image", "missing.png", "--question", "describe ?"], "missing.png does not exist"),
 ])
 def test_errors_in_one_line(checkpoint, tmp_path, monkeypatch, arguments, message):
@@ -139,6 +141,52 @@ def test_kept_tokens(checkpoint):
         words = [(tokenizer.name(i), on) for i, on in zip(ids.tolist(), decision.selected[0].tolist()) if i < tokenizer.text.size]
         assert text == " ".join(f"[{word}]" if on else word for word, on in words)
         assert {on for word, on in words if word != "2*3"} == {True, False}
+
+
+def test_a_picture_is_read_as_training_read_it(tmp_path):
+    """Transparent pixels are white, a photograph stands upright, 16 bits are refused: generate --image as data.read_image."""
+    from PIL import Image
+    clear = Image.new("RGBA", (6, 6), (200, 0, 0, 0))
+    clear.paste((0, 0, 250, 255), (0, 0, 3, 6))
+    clear.save(tmp_path / "clear.png")
+    turned = Image.new("RGB", (6, 6), "red")
+    turned.paste((0, 0, 250), (0, 0, 6, 2))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.png", exif=exif)
+    for name in ("clear.png", "turned.png"):
+        assert torch.equal(read_png(tmp_path / name, 6, 6), read_image(tmp_path / name, 6))
+    Image.new("I;16", (6, 6), 30000).save(tmp_path / "deep.png")
+    with pytest.raises(ValueError, match="deep.png: cannot be read as a picture .mode I;16; save it with 8 bits"):
+        read_png(tmp_path / "deep.png", 6, 6)
+
+
+def test_explained_are_the_codes_that_were_drawn(tmp_path, monkeypatch):
+    """With a VQ, which may code its own picture otherwise."""
+    torch.manual_seed(0)
+    tokenizer = Tokenizer("showo", WordText(["red"]), VQ(32, 2, width=4).eval(), (2, 3), 8)
+    config = ModelConfig("showo", 2, 2, 2, 16, 32, tokenizer.vocab_size, 64, tokenizer.image_start)
+    model, seen, drawn = UnifiedTransformer(config, Plan({"t2i": (.5, 1)})), [], []
+    save_checkpoint(tmp_path / "a.pt", model, tokenizer=tokenizer.state(), drawing={"steps": 2})
+    monkeypatch.setattr(generate, "explain", lambda model, tokenizer, batch, *_: seen.append(tokenizer.codes(batch.ids[:, -7:-1])))
+    monkeypatch.setattr(generate, "generate_codes", lambda *given, **options: drawn.append(generate_codes(*given, **options)) or drawn[0])
+    main(["--checkpoint", str(tmp_path / "a.pt"), "--prompt", "red", "--explain", "--out", str(tmp_path / "a.png")])
+    vq = tokenizer.image
+    assert torch.equal(seen[0], drawn[0]) and not torch.equal(vq.encode(vq.decode(drawn[0])), drawn[0])
+
+
+def test_an_answer_up_to_the_end_is_explained(tmp_path, monkeypatch, capsys):
+    """An answer that fills max_length, whose last token was never fed back."""
+    torch.manual_seed(0)
+    palette = Palette(torch.randint(256, (6, 2, 2, 3), dtype=torch.uint8))
+    tokenizer = Tokenizer("showo", ByteText(), palette, (2, 3), 30)
+    config = ModelConfig("showo", 2, 2, 2, 16, 32, tokenizer.vocab_size, 20, tokenizer.image_start)
+    save_checkpoint(tmp_path / "a.pt", UnifiedTransformer(config, Plan({"mmu": (.5, 1)})), tokenizer=tokenizer.state())
+    monkeypatch.setattr(generate, "generate_text", lambda *_, **__: "\ufffd" * 9)
+    write_png(torch.zeros(4, 6, 3, dtype=torch.uint8), tmp_path / "a.png")
+    main(["--checkpoint", str(tmp_path / "a.pt"), "--image", str(tmp_path / "a.png"), "--question", "what", "--explain",
+          "--out", str(tmp_path / "b.png")])
+    assert "layer 0, causal" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("factor", (1, 2, 3, 16))

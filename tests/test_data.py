@@ -54,6 +54,19 @@ def test_shapes_order_and_limit(tmp_path, Image):
     assert data.load_image_folder(tmp_path, limit=99)[0].shape == (3, 32, 32, 3)
 
 
+def test_near_duplicates_are_told_apart():
+    """Sixty pictures that differ by 1 in one channel of one patch: each is read from its own codes as itself. And every
+    picture needs a caption."""
+    images = torch.zeros(60, 64, 64, 3, dtype=torch.uint8)
+    for i in range(60):
+        images[i, :4, :4] = 100 + i
+    pictures = data.Pictures(images, [f"picture {i}" for i in range(60)], n_codes=61)
+    assert len({tuple(codes.flatten().tolist()) for codes in pictures.codes}) == 60
+    assert pictures.read(pictures.codes) == [[caption] for caption in pictures.captions]
+    with pytest.raises(ValueError, match="one caption a picture, got 60 pictures and 2 captions"):
+        data.Pictures(images, ["a", "b"])
+
+
 def test_limit_does_not_look_at_later_lines(tmp_path, Image):
     """A line after the limit may be broken; nothing of it is read."""
     write_folder(tmp_path, [solid(Image, tmp_path / "a.png", RED), b"broken"])

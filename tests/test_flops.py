@@ -271,6 +271,10 @@ def test_errors(arguments, message):
     """What cannot be counted is a ValueError that says why."""
     with pytest.raises(ValueError, match=message):
         count_flops(tiny("emu3"), Plan.dense(N_LAYER), *arguments)
+    for wrong in (Plan.mod(4), Plan({"mmu": (1, 1, 1)})):
+        for count in (activation_bytes, cache_bytes):
+            with pytest.raises(ValueError, match="the plan has tasks .* layers, asked for 't2i' and 3"):
+                count(tiny("emu3"), wrong, "t2i", 9)
     with pytest.raises(ValueError, match="the plan has tasks .* and 4 layers, asked for 't2i' and 3"):
         count_flops(tiny("emu3"), Plan.dense(4), "t2i", 5)
     for counts in ({"t2i": 1}, {"t2i": 1, "mmu": -1}, {"t2i": 0, "mmu": 0}, {"t2i": 1, "mmu": 1, "lm": 1}):

@@ -311,6 +311,13 @@ def test_impossible_plans(table, budget):
         switch.plan_from_arank({"t2i": table, "mmu": [0.5] * 8}, CONFIG["showo"], LENGTHS, budget)
 
 
+@pytest.mark.parametrize("tasks", (("t2i",), ("t2i", "mmu", "lm")))
+def test_every_task_needs_ranks_and_a_length(tasks):
+    """One without the other would be pruned outside of the budget."""
+    with pytest.raises(ValueError, match="ARank of .*, lengths of t2i, mmu: give both for every task"):
+        switch.plan_from_arank({task: [0.5] * 8 for task in tasks}, CONFIG["showo"], {"t2i": 9, "mmu": 9}, 0.8)
+
+
 @both
 @pytest.mark.parametrize("budget", [0.6, 0.85])
 def test_layer_switch(backbone, budget):

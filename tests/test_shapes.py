@@ -1,5 +1,6 @@
 """unimod_mini.shapes: the toy world draws, reads, asks and judges exactly."""
 from collections import Counter
+from itertools import permutations
 from random import Random
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from unimod_mini import shapes
 from unimod_mini.shapes import (BACKGROUND, COLORS, DIALOGUES, MMU_CATEGORIES, NUMBERS, SHADES, SHAPES,
                                 T2I_CATEGORIES, Prompt, Thing, World, blind_answers)
 
@@ -185,6 +187,16 @@ def test_a_picture_with_one_mistake(world, seed):
             wrong.sort(key=lambda t: world.places.index(t.place))
             assert world.read(world.draw([wrong], rng)) == [wrong]
             assert world.fits(prompt, wrong) == right(prompt, wrong) == (name not in must_fail), (prompt, wrong)
+
+
+@given(st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from("xy")), max_size=5), st.randoms(use_true_random=False))
+def test_assignable_is_any_permutation(things, rng):
+    """Each asked thing its own: as trying all orders says, also for nine things that none of 9! orders fits."""
+    asked = tuple(tuple(rng.choice((part, None, part.swapcase())) for part in thing) for thing in things)
+    fits = any(all(want in (None, have) for one, thing in zip(asked, order) for want, have in zip(one, thing))
+               for order in permutations(things))
+    assert shapes.assignable(asked, things) == fits
+    assert not shapes.assignable((("c", None), *[("a", None)] * 8), [("a", "x")] * 9)
 
 
 def test_swapped_colours_do_not_fit():

@@ -57,7 +57,8 @@ def test_sizes_when_nothing_is_said():
 @pytest.mark.parametrize("arguments, message", [
     (["--preset", "showo-1.3b", "--width", "64"], "--preset fixes width and backbone"),
     (["--preset", "showo-1.3b", "--backbone", "emu3"], "--preset fixes width and backbone"),
-    (["--length", "0"], "sizes must be at least 1"), (["--interval", "0"], "--interval above 0"),
+    (["--length", "0"], "sizes must be at least 1"), (["--preset", "toy-emu3", "--layers", "0"], "sizes must be at least 1"),
+    (["--interval", "0"], "--interval above 0"),
     (["--seconds", "-1"], "--seconds at least 0")])
 def test_options_that_cannot_be(arguments, message, capsys):
     """An option that would not be read, or a size that cannot be, ends in one line."""
@@ -162,7 +163,7 @@ def test_a_race_ends_when_the_interval_is_narrow_or_the_time_is_over():
 
 @pytest.mark.parametrize("name, peak", [
     ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H200", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12),
-    ("NVIDIA A100 80GB PCIe", 312e12), ("NVIDIA H100 PCIe", None), ("NVIDIA H200 NVL", None),
+    ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("NVIDIA A100 80GB PCIe", 312e12), ("NVIDIA H100 PCIe", None), ("NVIDIA H200 NVL", None),
     ("NVIDIA GeForce RTX 4090", None), ("NVIDIA A1000", None)])
 def test_peaks(name, peak):
     """A known module has its peak, everything else none."""

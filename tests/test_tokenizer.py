@@ -409,7 +409,7 @@ def test_mismatched_counts(call):
     (lambda t: t.mmu(["a"], ["b", "c"], PICTURE), "got 1, 1, 2"),
     (lambda t: t.mmu([["a", "b"]], [["c"]], PICTURE), "got 2, 2, 1"),
     (lambda t: t.mmu([[]], [[]], PICTURE), "got 0, 0, 0"),
-    (lambda t: t.t2i(["a"], PICTURE.float()), r"image codes must be long, got torch.float32: .long\(\)"),
+    (lambda t: t.t2i(["a"], PICTURE.float()), r"image codes must be long \(B, h, w\), got torch.float32 \(1, .*: .long\(\)"),
     (lambda t: t.name(999), "no id 999: this tokenizer has 0 to"),
 ])
 def test_what_is_no_sample(tokens, call, message):

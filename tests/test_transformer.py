@@ -348,6 +348,13 @@ def test_with_plan_copies_the_weights():
     assert not child.router(1, "t2i").score.weight.any()
 
 
+@pytest.mark.parametrize("changes", ({"qk_norm": False}, {"d_ff": 8}))
+def test_with_plan_names_the_weights_that_do_not_fit(changes):
+    """A change of size is an error with the names of the weights."""
+    with pytest.raises(RuntimeError, match="blocks.0"):
+        build(tiny("showo"), routed(1, .5, 1)).with_plan(routed(1, .5, 1), **changes)
+
+
 @given(plans(), tasks, st.integers(1, 12), seeds, backbones)
 def test_static_slots(plan, task, length, seed, backbone):
     """Under top-k the number of slots depends on keep and length alone; a dense or skipped layer has no routing."""

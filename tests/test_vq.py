@@ -428,6 +428,7 @@ def test_training_on_continues_from_the_loaded_codes(trained):
     (dict(n_codes=0), "n_codes is 0, expected 2 or more"),
     (dict(patch=3), "patch 3 is no power of two.*try 4"),
     (dict(patch=0), "patch 0 is no power of two"),
+    (dict(width=0), "width is 0, dim 8, expected 1 or more of each"), (dict(dim=-2), "width is .*, dim -2, expected 1"),
     (dict(quantizer="lfq", n_codes=16, dim=8), "dim is 8, 'lfq' expects 4.*leave dim out"),
 ])
 def test_bad_sizes(sizes, message):

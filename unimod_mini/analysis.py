@@ -70,6 +70,9 @@ def competition(model: UnifiedTransformer, batches, steps: int, weights: dict, s
     """
     if any(keep < 1 for row in model.plan.keep.values() for keep in row) or model.config.n_layer < 2:
         raise ValueError(f"competition: a dense model of two layers or more is needed, this one has\n{model.plan}")
+    if steps < 0 or counted < 1 or not 0 < share <= 1:
+        raise ValueError("competition: steps must be at least 0, counted at least 1 and share in (0, 1], got "
+                         f"{steps}, {counted}, {share}")
     device = next(model.parameters()).device
     routers = {layer: TaskRouter(model.config.d_model, 0, ()).to(device) for layer in range(1, model.config.n_layer, 2)}
     parameters = [p for router in routers.values() for p in router.parameters()]

@@ -139,6 +139,7 @@ class Cache:
         self.n_valid = torch.zeros(batch, 1, dtype=torch.long, device=device)      # valid tokens so far
         self.n_image = torch.zeros_like(self.n_valid)                              # image tokens so far
         self.last_span = None                                                      # (B,) span of the last valid token
+        self.whole = self.mark()                           # where the last call that came to its end left it
 
     def check(self, model: UnifiedTransformer, ids: Tensor, task: str, positions: Tensor | None, routing: str) -> None:
         """ValueError when a call does not fit what the cache holds."""
@@ -155,9 +156,11 @@ class Cache:
             raise ValueError(f"{length} tokens, but this cache was made for {self.max_length}")
 
     def begin(self, context: Context) -> None:
-        """Before the first layer: the (row, column) of all valid tokens, which dense layers route.
+        """Before the first layer: the (row, column) of all valid tokens, which dense layers route. What a call that
+        failed half-way has left is forgotten.
 
         ValueError when the chunk goes on with the span that the last one ended in (checked on a CPU)."""
+        self.rewind(self.whole)
         self.valid_tokens = context.valid.nonzero(as_tuple=True)
         self.valid_rows = self.valid_tokens[0].tolist()
         if self.last_span is not None and context.spans is not None and context.spans.device.type == "cpu":
@@ -173,6 +176,7 @@ class Cache:
             index = torch.arange(context.valid.shape[1], device=context.spans.device)
             last = context.spans.gather(1, (context.valid * index).argmax(1, keepdim=True))[:, 0]
             self.last_span = torch.where(context.valid.any(1), last, 0 if before is None else before)
+        self.whole = self.mark()
 
     def mark(self) -> tuple:
         """Where the cache stands now, for rewind."""
@@ -181,6 +185,7 @@ class Cache:
 
     def rewind(self, mark: tuple) -> None:
         """Forget all tokens after `mark`: Show-o draws its picture anew in every step behind the same prompt."""
+        self.whole = mark
         self.length, self.n_valid, self.n_image, self.last_span, counts = mark
         for layer, used in zip(self.layers, counts):
             if layer is not None:

@@ -163,14 +163,15 @@ class Palette:
 
     def encode(self, images: Tensor) -> Tensor:
         """images uint8 (B, H, W, 3) -> codes long (B, H/p, W/p). ValueError when H or W is no multiple of p."""
-        vectors = cut_patches(images, self.patch)                            # (B, h, w, 3 p p)
+        vectors = cut_patches(images.to(self.patches.device), self.patch)    # (B, h, w, 3 p p)
         return nearest(vectors.flatten(0, 2), self.patches.flatten(1).float()).view(vectors.shape[:3])
 
     def decode(self, codes: Tensor) -> Tensor:
         """codes long (B, h, w) -> images uint8 (B, h p, w p, 3). ValueError for a code outside [0, n_codes)."""
         check_codes(codes, self.n_codes)
         (B, h, w), p = codes.shape, self.patch
-        return self.patches[codes].transpose(2, 3).reshape(B, h * p, w * p, 3)   # (B, h, w, p, p, 3) -> image
+        patches = self.patches[codes.to(self.patches.device)]                # (B, h, w, p, p, 3)
+        return patches.transpose(2, 3).reshape(B, h * p, w * p, 3)
 
     @classmethod
     def fit(cls, images: Tensor, n_codes: int = 256, patch: int = 2, rounds: int = 10, seed: int = 0) -> "Palette":
@@ -235,7 +236,8 @@ def cut_patches(images: Tensor, patch: int) -> Tensor:
 
 
 def check_codes(codes: Tensor, n_codes: int) -> None:
-    if codes.dtype != torch.long:
-        raise ValueError(f"image codes must be long, got {codes.dtype}: .long() converts other integers")
+    if codes.dtype != torch.long or codes.dim() != 3:
+        raise ValueError(f"image codes must be long (B, h, w), got {codes.dtype} {tuple(codes.shape)}: .long() converts "
+                         "other integers, codes[None] is a batch of one")
     if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= n_codes):
         raise ValueError(f"image codes lie in [{int(codes.min())}, {int(codes.max())}], expected [0, {n_codes})")

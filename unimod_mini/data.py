@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .codec import Palette
+from .codec import Palette, nearest
 from .shapes import Prompt, Question
 
 METADATA = "metadata.jsonl"
@@ -39,6 +39,8 @@ class Pictures:
     held_out = ()
 
     def __init__(self, images, captions, n_codes=256, patch=4):
+        if len(images) != len(captions):
+            raise ValueError(f"Pictures: one caption a picture, got {len(images)} pictures and {len(captions)} captions")
         captions = [" ".join(caption.split()) for caption in captions]  # as WordText.decode writes them
         self.captions, palette = captions, Palette.fit(images, n_codes, patch)
         self.patches, self.codes = palette.patches, palette.encode(images)
@@ -67,8 +69,8 @@ class Pictures:
     def read(self, codes):
         """Codes (B, h, w) -> for every picture the caption of the nearest training picture, in a list."""
         patches = self.patches.float()
-        ours = patches[codes].flatten(1)
-        return [[self.captions[i]] for i in torch.cdist(ours, patches[self.codes].flatten(1)).argmin(1)]
+        ours, theirs = patches[codes].flatten(1), patches[self.codes].flatten(1)
+        return [[self.captions[i]] for i in nearest(ours, theirs)]
 
     def fits(self, prompt, things):
         return list(prompt.things) == things
@@ -120,8 +122,9 @@ def cut(text):
     return text if len(text) <= 100 else text[:100] + " .."
 
 
-def read_image(path, size, name=None):
-    """A picture (path or open file) fitted on white, (S, S, 3) torch.uint8; ValueError, naming it, if unreadable."""
+def open_picture(path, name=None, size=None):
+    """A picture (path or open file), upright and on white, as Pillow's RGB; ValueError, naming it, if unreadable. size:
+    a JPEG may come smaller (draft)."""
     try:
         from PIL import Image, ImageOps  # here, because nothing else needs Pillow
     except ImportError:
@@ -130,14 +133,23 @@ def read_image(path, size, name=None):
         with Image.open(path) as file:
             if file.mode not in MODES:  # 16-bit values would be clipped to white without a word
                 raise ValueError(f"mode {file.mode}; save it with 8 bits a channel, as RGB")
-            if file.format == "JPEG" and file.mode == "RGB":
+            if size and file.format == "JPEG" and file.mode == "RGB":
                 draft(file, size)
             ImageOps.exif_transpose(file, in_place=True)  # upright, as a viewer shows it
             picture = file.convert("RGBA" if file.has_transparency_data else "RGB")
+    except FileNotFoundError:
+        raise
     except Exception as error:  # Pillow raises OSError, SyntaxError, DecompressionBombError ...
         raise ValueError(f"{name or path}: cannot be read as a picture ({error})") from error
     if picture.mode == "RGBA":  # white goes under first: the resize must not blend in the colours of transparent pixels
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    return picture
+
+
+def read_image(path, size, name=None):
+    """The picture of open_picture fitted into a white square, (S, S, 3) torch.uint8."""
+    picture = open_picture(path, name, size)
+    from PIL import Image
     # 64x32 at size 32: the longer side becomes 32, so 32x16, with 8 white rows above and below.
     width, height = (max(1, round(side * size / max(picture.size))) for side in picture.size)
     small = picture.resize((width, height), Image.Resampling.BICUBIC)  # antialiased

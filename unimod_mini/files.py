@@ -16,5 +16,6 @@ def whole_file(path, mode: str = "w", **options):
 
 def write_json(path, content) -> None:
     """Plain data as one JSON text."""
+    text = json.dumps(content, indent=1) + "\n"            # first: what is no JSON leaves no file
     with whole_file(path) as file:
-        file.write(json.dumps(content, indent=1) + "\n")
+        file.write(text)

@@ -19,7 +19,7 @@ from collections import Counter
 from typing import NamedTuple
 
 from .config import PRESETS, ModelConfig
-from .memory import activation_bytes, cache_bytes, count_parameters
+from .memory import activation_bytes, cache_bytes, count_parameters, keep_ratios
 from .routers import BASELINES, TASKS, Plan, capacity
 
 PARTS = ("embedding", "projections", "scores", "mlp", "router", "predictor", "head")   # embedding: a look-up, 0 FLOPs
@@ -31,8 +31,8 @@ PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}       # bf16 FLOPs a se
 def peak_flops(name: str) -> float | None:
     """bf16 FLOPs a second of a CUDA device by its name, None where the table does not know it."""
     words = name.replace("-", " ").split()
-    if {"H100", "H200"} & set(words) and {"PCIe", "NVL"} & set(words):
-        return None                                        # slower than the SXM modules
+    if "MIG" in words or {"H100", "H200"} & set(words) and {"PCIe", "NVL"} & set(words):
+        return None                                        # a part of a device; slower than the SXM modules
     return next((peak for word, peak in PEAKS.items() if word in words), None)
 
 
@@ -101,14 +101,10 @@ def count_flops(config: ModelConfig, plan: Plan | None, task: str, length: int, 
         raise ValueError('count_flops: mode must be "forward" or "train" and length an integer >= 1, got '
                          f"{mode!r}, {length}")
     length = int(length)                                   # numpy's would overflow
-    plan = Plan.dense(config.n_layer, (task,)) if plan is None else plan
-    if task not in plan.tasks or plan.n_layer != config.n_layer:
-        raise ValueError(f"count_flops: the plan has tasks {plan.tasks} and {plan.n_layer} layers, asked for {task!r} "
-                         f"and {config.n_layer}")
-    pairs = [None] * config.n_layer if pairs is None else pairs
+    keeps, pairs = keep_ratios(config, plan, task), [None] * config.n_layer if pairs is None else pairs
     if len(pairs) != config.n_layer:
         raise ValueError(f"count_flops: one number of pairs a layer, got {len(pairs)} for {config.n_layer} layers")
-    table = [layer_flops(config, keep, length, mode, n) for keep, n in zip(plan.keep[task], pairs)]
+    table = [layer_flops(config, keep, length, mode, n) for keep, n in zip(keeps, pairs)]
     by_part = {part: sum(layer[part] for layer in table) for part in PARTS}
     by_part["head"] = (3 if mode == "train" else 1) * 2 * length * config.d_model * config.vocab_size
     return Flops(sum(by_part.values()), [sum(layer.values()) for layer in table], by_part, table)
@@ -127,8 +123,7 @@ def batch_flops(config: ModelConfig, plan: Plan | None, lengths: dict, mode: str
                          f"for {', '.join(lengths)}")
     total = 0
     for task, n in lengths.items():
-        keeps = (1.0,) * config.n_layer if plan is None or task not in plan.tasks else plan.keep[task]
-        pairs = None if spans is None else spread_pairs(keeps, n, spans[task])
+        pairs = None if spans is None else spread_pairs(keep_ratios(config, plan, task), n, spans[task])
         total += counts[task] * count_flops(config, plan, task, n, mode, pairs).total
     return total
 

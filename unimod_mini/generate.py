@@ -152,7 +152,6 @@ def generate_text(model: UnifiedTransformer, tokenizer: Tokenizer, image: Tensor
     return texts[0] if single else texts
 
 
-@inference
 def generate_image(model: UnifiedTransformer, tokenizer: Tokenizer, prompt, routing: str = "causal",
                    temperature: float = 1.0, guidance: float = 0.0, steps: int = 12, seed: int = 0) -> Tensor:
     """Draw pictures from captions: uint8 (H, W, 3) for a str, (B, H, W, 3) for a list of str; the codes themselves,
@@ -161,17 +160,23 @@ def generate_image(model: UnifiedTransformer, tokenizer: Tokenizer, prompt, rout
     guidance w > 0 pushes away from the picture without a caption: c + w (c - u). steps: of Show-o's parallel decoding,
     not read for Emu3.
     """
-    check_sampling(temperature, guidance=guidance)
-    check_tokenizer(model, tokenizer)
     single = isinstance(prompt, str)
     prompts = [prompt] if single else list(prompt)
+    images = tokenizer.image.decode(generate_codes(model, tokenizer, prompts, routing, temperature, guidance, steps, seed))
+    return images[0] if single else images
+
+
+@inference
+def generate_codes(model: UnifiedTransformer, tokenizer: Tokenizer, prompts: list, routing: str = "causal",
+                   temperature: float = 1.0, guidance: float = 0.0, steps: int = 12, seed: int = 0) -> Tensor:
+    """The codes of generate_image's pictures: long (B, h, w), on the CPU."""
+    check_sampling(temperature, guidance=guidance)
+    check_tokenizer(model, tokenizer)
     if steps < 1 or not prompts:
         raise ValueError(f"generate_image: steps and prompts must be at least 1, got {steps} and {len(prompts)}")
     generator = torch.Generator().manual_seed(seed)
     given = model, tokenizer, prompts, routing, temperature, guidance, generator
-    codes = draw_parallel(*given, steps) if tokenizer.backbone == "showo" else draw_by_row(*given)
-    images = tokenizer.image.decode(codes)
-    return images[0] if single else images
+    return draw_parallel(*given, steps) if tokenizer.backbone == "showo" else draw_by_row(*given)
 
 
 def guided(logits: Tensor, guidance: float) -> Tensor:
@@ -322,13 +327,14 @@ def run(args) -> None:
         if args.prompt is not None:
             given = {"temperature": args.temperature, "guidance": args.guidance, "steps": args.steps}
             options = stored.get("drawing", {}) | {name: x for name, x in given.items() if x is not None}
-            image = generate_image(model, tokenizer, args.prompt, args.routing, seed=args.seed, **options)
+            drawn = generate_codes(model, tokenizer, [args.prompt], args.routing, seed=args.seed, **options)
+            image = tokenizer.image.decode(drawn)[0]
             if codes:
                 print(write_codes(image, f"{args.out[:-4]}.npy"))
             else:
                 write_png(enlarged(image), args.out)
                 print(f"{terminal(image[None])}\n{args.out} written")
-            batch, task = tokenizer.t2i([args.prompt], tokenizer.image.encode(image[None])), "t2i"
+            batch, task = tokenizer.t2i([args.prompt], drawn), "t2i"
         else:
             patch = tokenizer.image.patch
             image = (read_codes(args.image, tokenizer) if codes else
@@ -340,7 +346,8 @@ def run(args) -> None:
                 print(terminal(image[None]))
             print(f"{args.question} {answer}")
             picture = tokenizer.image_ids(tokenizer.image.encode(image[None]))[0].tolist()
-            ids = torch.tensor([tokenizer.mmu_prompt(question, picture) + tokenizer.text.encode(answer)])
+            row = tokenizer.mmu_prompt(question, picture) + tokenizer.text.encode(answer)
+            ids = torch.tensor([row[:model.config.max_length]])
             batch, task = Batch(ids, mmu_spans(tokenizer, torch.ones_like(ids) == 1), None, ids), "mmu"
         if args.explain:
             explain(model, tokenizer, batch.to(device), task, args.routing, args.out)

@@ -114,6 +114,9 @@ def plan_from_arank(table: dict, config: ModelConfig, lengths: dict, budget: flo
     budget: FLOPs of the plan over FLOPs of dense, with counts[task] samples (None: one) of lengths[task] tokens each.
     ValueError for a budget that is not in (0, 1], values outside (0, 1], or a budget below what the head alone costs.
     """
+    if set(table) != set(lengths):
+        raise ValueError(f"plan_from_arank: ARank of {', '.join(table)}, lengths of {', '.join(lengths)}: give both for "
+                         "every task")
     values = [value for row in table.values() for value in row]
     if not 0.0 < budget <= 1.0 or not values or not all(0.0 < float(value) <= 1.0 for value in values):
         raise ValueError(f"plan_from_arank: budget and ARank over length must lie in (0, 1], got {budget}, {values}")

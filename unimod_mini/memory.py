@@ -27,6 +27,15 @@ class Bytes(NamedTuple):
     by_layer: list     # one int a layer
 
 
+def keep_ratios(config: ModelConfig, plan: Plan | None, task: str) -> tuple:
+    """The keep of every layer; plan None: dense. ValueError for a task that the plan lacks, a plan of another depth."""
+    plan = Plan.dense(config.n_layer, (task,)) if plan is None else plan
+    if task not in plan.tasks or plan.n_layer != config.n_layer:
+        raise ValueError(f"the plan has tasks {plan.tasks} and {plan.n_layer} layers, asked for {task!r} and "
+                         f"{config.n_layer}")
+    return plan.keep[task]
+
+
 def count_parameters(config: ModelConfig, plan: Plan | None = None) -> int:
     """Numbers that training moves, routers and predictors of the plan included."""
     D, F, V, h, d = config.d_model, config.d_ff, config.vocab_size, config.predictor_hidden, config.head_width
@@ -73,7 +82,7 @@ def activation_bytes(config: ModelConfig, plan: Plan | None, task: str, length: 
 
     A dense layer has an n x n mask with either, a routed one with spans alone: sorted tokens are causal.
     """
-    keeps = (1.0,) * config.n_layer if plan is None else plan.keep[task]
+    keeps = keep_ratios(config, plan, task)
     layers = [layer_activations(config, keep, length, spans, padded) for keep in keeps]
     image = length * (INDEX + 1) if config.image_positions else 0                  # positions, and which are images
     angles = FLOAT * length * 2 * config.rope_dims if 1.0 in keeps else 0              # one tensor for all dense layers
@@ -88,7 +97,7 @@ def cache_bytes(config: ModelConfig, plan: Plan | None, task: str, length: int, 
     routed: tokens that each layer kept, by default the plan's K. element: 4 for float32, 2 for bfloat16.
     Cache.nbytes(used=True) is the same count; more is allocated, in advance.
     """
-    keeps = (1.0,) * config.n_layer if plan is None else plan.keep[task]
+    keeps = keep_ratios(config, plan, task)
     routed = [capacity(keep, length) for keep in keeps] if routed is None else routed
     token = 2 * config.n_kv_head * config.head_width * element + 4
     return Bytes(token * sum(routed), [token * n for n in routed])

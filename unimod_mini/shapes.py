@@ -19,7 +19,6 @@ Legend: B batch, P places, h and w patches down and across.
 
 from collections import Counter
 from dataclasses import dataclass
-from itertools import permutations
 from random import Random
 from typing import NamedTuple
 
@@ -213,9 +212,7 @@ class World:
 
     def fits(self, prompt: Prompt, things: list | None) -> bool:
         """Does the picture that was read as `things` show exactly what the prompt asks for?"""
-        return things is not None and len(things) == len(prompt.things) and any(
-            all(want in (None, have) for asked, thing in zip(prompt.things, order) for want, have in zip(asked, thing))
-            for order in permutations(things))
+        return things is not None and len(things) == len(prompt.things) and assignable(prompt.things, things)
 
     # -------------------------------------------------------------------------------------------- questions
 
@@ -272,6 +269,12 @@ class World:
                     turns, left = [*turns, turn], left - size
             dialogues.append(turns)
         return dialogues, self.draw(scenes, rng)
+
+
+def assignable(asked: tuple, things: list) -> bool:
+    """Can every asked thing be given one of `things` of its own?"""
+    return not asked or any(all(want in (None, have) for want, have in zip(asked[0], thing))
+                            and assignable(asked[1:], things[:i] + things[i + 1:]) for i, thing in enumerate(things))
 
 
 def plural(shape: str) -> str:

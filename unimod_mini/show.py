@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import sources
+from .data import open_picture
 from .files import whole_file
 from .transformer import inference
 
@@ -91,13 +92,8 @@ def read_png(path, height: int, width: int) -> Tensor:
 
     ValueError names the file when it is no picture or has another size.
     """
-    try:
-        with pillow().open(path) as file:
-            size, picture = file.size, file.convert("RGB")
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read as a picture: {error}") from error
+    picture = open_picture(path)
+    size = picture.size
     k = max(1, size[0] // width)
     if size != (k * width, k * height):
         raise ValueError(f"{path} has {size[0]}x{size[1]} pixels, this model sees {width}x{height} or a multiple of "

@@ -240,9 +240,9 @@ class UnifiedTransformer(nn.Module):
         weight = self.embed.weight
         copy = UnifiedTransformer(replace(self.config, **changes), plan).to(weight.device, weight.dtype)
         copy.train(self.training)
+        fresh = {name: weight for name, weight in copy.state_dict().items() if name.startswith("routers.")}
         own = {name: weight for name, weight in self.state_dict().items() if not name.startswith("routers.")}
-        missing, unexpected = copy.load_state_dict(own, strict=False)
-        assert not unexpected and all(name.startswith("routers.") for name in missing)
+        copy.load_state_dict(own | fresh)                  # strict: an error lists the names that do not fit
         return copy
 
     def forward(self, ids: Tensor, task: str = "t2i", positions: Tensor | None = None, spans: Tensor | None = None,

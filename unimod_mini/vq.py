@@ -56,6 +56,7 @@ class VQ(nn.Module):
         require(n_codes > 1 and (not lfq or n_codes == 1 << bits),
                 f"n_codes is {n_codes}, expected 2 or more, a power of two for 'lfq': try 512")
         require(patch > 0 and patch == 1 << halvings, f"patch {patch} is no power of two: try 4")
+        require(min(width, dim) > 0, f"width is {width}, dim {dim}, expected 1 or more of each: try 48 and 8")
         require(dim == bits or not lfq, f"dim is {dim}, 'lfq' expects {bits}: leave dim out")
         self.n_codes, self.patch, self.width, self.quantizer = n_codes, patch, width, quantizer
         # Conv2d(in, out, kernel, stride, padding); each pair of layers halves or doubles the sides.
