@@ -53,7 +53,8 @@ def give_weights(theirs, ours: UnifiedTransformer):
 
 
 def same(theirs, ours, valid):
-    torch.testing.assert_close(ours[valid].float(), theirs[valid].float(), rtol=0, atol=2e-5)
+    """In float64, but for their rotary angles and their logits, which are float32 in any model."""
+    torch.testing.assert_close(ours[valid].float(), theirs[valid].float(), rtol=0, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------- Show-o
