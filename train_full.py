@@ -256,7 +256,8 @@ def find_start(job: Job, given: Plan | None) -> tuple:
     if path is None:
         return None, None
     facts = checkpoints.facts(path)
-    if job.config.steps - facts["step"] < (facts["stage"] == "dense" and job.config.dense < 1):
+    switches = facts["stage"] == "dense" and job.config.dense < 1            # then a step of UniMoD is to come at least
+    if job.config.steps < facts["step"] + switches:
         raise ValueError(f"{path} is past --steps {job.config.steps}, in stage {facts['stage']}: ask for more steps")
     free = FREE | (UNTIL_SWITCH if facts["stage"] == "dense" else set())
     changed = checkpoints.refuse_another(path, facts, job.about, free)

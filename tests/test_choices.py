@@ -263,6 +263,13 @@ def test_quality(run, toy_checkpoint, tmp_path, labels):
         assert row["points"] == pytest.approx(100 * (row["second"] - row["first"])) and row["scenes"] == 7
 
 
+def test_a_checkpoint_that_is_not_there_is_named_first(run, capsys):
+    """Before the others are judged for hours."""
+    with pytest.raises(SystemExit):
+        run(__file__, "gone.pt", module=quality)
+    assert "gone.pt: no such file" in capsys.readouterr().err
+
+
 def test_paired_differences():
     """Three scenes, one of them judged otherwise: a third of a point each way, and its standard error by hand."""
     row = quality.paired([("a", True), ("b", False), ("c", True)], [("a", True), ("b", True), ("c", True)])

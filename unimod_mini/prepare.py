@@ -149,8 +149,8 @@ def judge_codec(chunks: Chunks, codec, numbers: dict, out: Path, seed: int) -> d
         if those:
             those, images = some_pictures(chunks, those, JUDGE, seed)
             report = measure(images, codec)
-            results[split] = {name: round(x, 4) if x < math.inf else None            # JSON has no infinity
-                              for name, x in report._asdict().items()}
+            rounded = {name: round(x, 4) if x < math.inf else None for name, x in report._asdict().items()}
+            results[split] = rounded                                         # JSON has no infinity
             print(f"{split:<6}{len(images)} pictures come back with a mean error of {report.error:.2f} of 255, psnr "
                   f"{report.psnr:.2f} dB; {report.usage:.1%} of {codec.n_codes} codes used, perplexity "
                   f"{report.perplexity:.0f}")
