@@ -377,12 +377,14 @@ def due(run: Run, job: Job, journal: Journal | None, clock: Clock) -> dict:
 
 
 def evaluate(run: Run, job: Job, journal: Journal | None) -> dict:
-    """{task: loss on the held-out split, "all": their weighted sum}; all ranks call it, the first shows it."""
+    """{task: loss on the held-out split, routed by top-k as in training, "all": their weighted sum}; all ranks call it,
+    the first shows it."""
     held = run.evaluate(*job.held)
     held["all"] = sum(TASK_WEIGHTS[task] * loss for task, loss in held.items())
     if job.ranks.first:
         journal.write({"step": run.step, **{f"held_{name}": loss for name, loss in held.items()}})
-        print("held out  " + "  ".join(f"{name} {loss:.4f}" for name, loss in held.items()), flush=True)
+        rule = "held out  " if run.stage == "dense" else "held out, top-k (non-causal)  "
+        print(rule + "  ".join(f"{name} {loss:.4f}" for name, loss in held.items()), flush=True)
     return held
 
 

@@ -10,6 +10,7 @@ dense), the evaluation by exact checkers, and what is written to --out.
 
 import argparse
 import copy
+import os
 import sys
 import time
 from dataclasses import replace
@@ -134,6 +135,8 @@ def main(argv=None) -> dict:
     try:
         device, (world, tokenizer) = find_device(args.device), make_world(args)
         out.mkdir(parents=True, exist_ok=True)
+        if not os.access(out, os.W_OK):
+            raise PermissionError(f"{out} cannot be written to: choose another --out")
     except (OSError, ValueError, ImportError) as error:    # a device, a picture, a folder, pillow
         sys.exit(f"error: {error}")
     config = toy_config(args.backbone, tokenizer)
@@ -155,7 +158,7 @@ def main(argv=None) -> dict:
     step_ms = {"routed": train(routed, sampler, more, 0.7, device, args.method, setting["weights"]),
                "dense": train(dense, same_data, more, 0.7, device, "dense", setting["weights"])}
 
-    print(f"\n4. evaluation: {EVAL_SCENES} unseen scenes of each task, one sample each, free-running")
+    print(f"\n4. evaluation: {EVAL_SCENES} fresh scenes of each task, one sample each, free-running")
     drawing, sizes = setting["drawing"], {task: setting[task] for task in plan.tasks}
     saved = 1 - flops_ratio(config, plan, {task: tokenizer.length(task) for task in sizes}, "train", sizes)
     results = judge(dense, routed, sampler, args.seed, drawing, flops, step_ms, device)
@@ -240,13 +243,17 @@ def report_predictors(predictor: dict) -> None:
     names = [name for name in predictor if name != "by_layer"]
     print("\nmembership" + "".join(f"{name.removeprefix('capacity_'):>11}" for name in names))
     for row in [*predictor["by_layer"], {"task": "mean", "layer": ""} | predictor]:
-        print(f"{row['task']:<6}{row['layer']:>4}" + "".join(f"{row[name]:>11.3f}" for name in names))
+        print(f"{row['task']:<6}{row['layer']:>4}" + "".join(
+            f"{'n/a':>11}" if row[name] is None else f"{row[name]:>11.3f}" for name in names))
     print("accuracy against top-k beside the majority's base rate; share of tokens kept: trained (top-k), realised "
           "(causal)\n")
 
 
 def write_results(out: Path, metrics: dict, model, tokenizer, world, drawing: dict) -> None:
-    """Answers and pictures to look at; metrics.json, checkpoint.pt and samples.png."""
+    """metrics.json and checkpoint.pt, before anything can fail to be shown; answers and pictures to look at."""
+    write_json(out / "metrics.json", metrics)
+    save_checkpoint(out / "checkpoint.pt", model, tokenizer=tokenizer.state(), drawing=drawing)
+    print(f"\n{out}/metrics.json, {out}/plan.json, {out}/checkpoint.pt written")
     rng = Random("show")
     questions, codes = world.sample_mmu(6, rng)
     images = tokenizer.image.decode(codes)
@@ -259,9 +266,6 @@ def write_results(out: Path, metrics: dict, model, tokenizer, world, drawing: di
     drawn = generate_image(model, tokenizer, prompts, **drawing)
     print("\n" + terminal(drawn) + "\n" + "\n".join(f"drawn {i}: {text}" for i, text in enumerate(prompts, start=1)))
     print("\n" + save_png(drawn, prompts, out / "samples.png", scale=max(1, 96 // drawn.shape[1])))
-    write_json(out / "metrics.json", metrics)
-    save_checkpoint(out / "checkpoint.pt", model, tokenizer=tokenizer.state(), drawing=drawing)
-    print(f"{out}/metrics.json, {out}/plan.json, {out}/checkpoint.pt written")
 
 
 if __name__ == "__main__":

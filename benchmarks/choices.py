@@ -16,11 +16,12 @@ training_rule): the router, the predictors, or both in turns, the default. --onl
 that of train_toy.py when not given.
 
 For each choice, on fresh data: the losses of both tasks and free-running accuracies, with top-k and with causal routing,
-how often membership agrees with top-k, and its base rate. --dense keeps the dense model in this file and takes it, and
-its steps, from there the next time.
+how often membership agrees with top-k, and its base rate (nan: nothing is routed). --dense keeps the dense model in this
+file and takes it, and its steps, from there the next time.
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -194,7 +195,7 @@ def judge(model, data, world, scenes: int, seed: int, drawing: dict, device) -> 
                   for routing in ("topk", "causal")]
         report = predictor_report(model, fresh)
     accuracies = [score[key] for key in ("t2i_accuracy", "mmu_accuracy") for score in scores]
-    return [*losses, *accuracies, report["accuracy"], report["base_rate"]]
+    return [*losses, *accuracies, *(report[name] if report["by_layer"] else math.nan for name in ("accuracy", "base_rate"))]
 
 
 if __name__ == "__main__":

@@ -2,11 +2,14 @@
 
     python benchmarks/quality.py out/toy/checkpoint.pt [more checkpoints] [--scenes 2000] [--seed 1000] [--out FILE]
     python benchmarks/quality.py out/toy/checkpoint.pt --labels
+    python benchmarks/quality.py out/toy/checkpoint.pt --trained-with 0
 
 For each checkpoint of train_toy.py and each task: free-running accuracy with top-k (non-causal, the yardstick) and with
 causal routing, the difference in points with its paired standard error, and how often both judge a scene alike; then
 the same for scenes with a colour-shape pair that training never showed. --labels: causal routing with the right task
-label against the wrong one, so that the other task's keep ratios, routers and thresholds decide.
+label against the wrong one, so that the other task's keep ratios, routers and thresholds decide. --trained-with: the seed
+of the run, whose training data is made again (of the default number of steps): causal accuracy on the captions, pictures
+and pairs of picture and question that occur there, and on those that do not.
 """
 
 import argparse
@@ -18,6 +21,7 @@ from random import Random
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import train_toy as toy  # noqa: E402
 from unimod_mini import Plan, Tokenizer, UnifiedTransformer, World, load_checkpoint  # noqa: E402
 from unimod_mini.evaluate import ask_and_judge, draw_and_judge  # noqa: E402
 from unimod_mini.files import write_json  # noqa: E402
@@ -65,23 +69,100 @@ def compare(path: str, scenes: int, seed: int, labels: bool, device) -> dict:
     return out
 
 
+class Recorder(World):
+    """The toy world, which remembers what it has given to training: captions, pictures, pictures with a question."""
+
+    def __init__(self):
+        super().__init__()
+        self.captions, self.pictures, self.asked = set(), set(), set()
+
+    def sample_prompts(self, *args):
+        prompts, codes = super().sample_prompts(*args)
+        self.captions.update(prompt.text for prompt in prompts)
+        self.pictures.update(map(tuple, codes.flatten(1).tolist()))
+        return prompts, codes
+
+    def sample_dialogues(self, *args):
+        dialogues, codes = super().sample_dialogues(*args)
+        pictures = list(map(tuple, codes.flatten(1).tolist()))
+        self.pictures.update(pictures)
+        self.asked.update((picture, turn[0]) for picture, turns in zip(pictures, dialogues) for turn in turns)
+        return dialogues, codes
+
+
+def training_data(tokenizer: Tokenizer, seed: int, steps: int | None = None) -> Recorder:
+    """What `train_toy.py --seed` has trained on, both phases; steps: its --steps."""
+    setting, world = toy.SETTINGS[tokenizer.backbone], Recorder()
+    sampler, steps = toy.Sampler(world, tokenizer, seed, setting["t2i"], setting["mmu"]), steps or setting["steps"]
+    for step in tqdm(range(steps + max(1, steps // 2)), desc="training data", unit="step", mininterval=1.0):
+        if step == steps:                                  # ARank's samples, between the phases: nothing learns from them
+            sampler.world = World()
+            sampler(20, 50)
+            sampler.world = world
+        sampler()
+    return world
+
+
+def novelty(path: str, scenes: int, seed: int, trained_with: int, device) -> dict:
+    """{what: {"in training": (scenes, accuracy), "not": ..}} of one checkpoint with causal routing."""
+    model, stored = load_checkpoint(path, device)
+    tokenizer, rng = Tokenizer.from_state(stored["tokenizer"]), Random(f"quality {seed}")
+    world = training_data(tokenizer, trained_with)
+    prompts, _ = world.sample_t2i(scenes, rng)
+    questions, codes = world.sample_mmu(scenes, rng)
+    with tqdm(total=2 * scenes, desc=path, unit="scene", mininterval=1.0) as bar, precision(device):
+        drawn = draw_and_judge(model, tokenizer, world, prompts, bar, **stored["drawing"])
+        answered = ask_and_judge(model, tokenizer, questions, codes, bar)
+    pictures = list(map(tuple, codes.flatten(1).tolist()))
+    seen = {"t2i: caption": (drawn, [prompt.text in world.captions for prompt in prompts]),
+            "mmu: picture": (answered, [picture in world.pictures for picture in pictures]),
+            "mmu: picture, question": (answered, [(picture, question.text) in world.asked
+                                                  for picture, question in zip(pictures, questions)])}
+
+    def part(rows: list, flags: list, which: bool) -> dict:
+        right = [ok for (_, ok), flag in zip(rows, flags) if flag == which]
+        return {"scenes": len(right), "accuracy": sum(right) / len(right) if right else None}
+
+    return {what: {"in training": part(*pair, True), "not": part(*pair, False)} for what, pair in seen.items()}
+
+
+def show_novelty(found: dict) -> None:
+    for what, parts in found.items():
+        print(f"{what:<24}" + "".join(
+            f"{name:>13}: {part['scenes']} scenes, " + ("n/a" if part["accuracy"] is None else f"{part['accuracy']:.1%}")
+            for name, part in parts.items()))
+
+
+def show_pairs(found: dict, first: str, second: str) -> None:
+    print(f"{'':<14}{'scenes':>8}{first:>9}{second:>9}{'points':>9}{'s.e.':>7}{'alike':>8}")
+    for task, row in found.items():
+        print(f"{task:<14}{row['scenes']:>8}{row['first']:>9.1%}{row['second']:>9.1%}{row['points']:>+9.2f}"
+              f"{row['standard_error']:>7.2f}{row['alike']:>8.1%}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("checkpoints", nargs="+")
     parser.add_argument("--scenes", type=int, default=2000, help="of each task")
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--labels", action="store_true", help="right against wrong task labels, both causal")
+    parser.add_argument("--trained-with", type=int, metavar="SEED", help="what occurred in that run's training data")
     parser.add_argument("--out", help="write the figures as JSON to this file")
     args = parser.parse_args()
-    device, (first, second) = find_device(), ("right", "wrong") if args.labels else ("top-k", "causal")
+    device, results = find_device(), {}
     if lost := [path for path in args.checkpoints if not Path(path).is_file()]:          # before hours of the others
         parser.error(f"{', '.join(lost)}: no such file")
-    results = {path: compare(path, args.scenes, args.seed, args.labels, device) for path in args.checkpoints}
-    for path, tasks in results.items():
-        print(f"\n{path}\n{'':<14}{'scenes':>8}{first:>9}{second:>9}{'points':>9}{'s.e.':>7}{'alike':>8}")
-        for task, row in tasks.items():
-            print(f"{task:<14}{row['scenes']:>8}{row['first']:>9.1%}{row['second']:>9.1%}{row['points']:>+9.2f}"
-                  f"{row['standard_error']:>7.2f}{row['alike']:>8.1%}")
+    for path in args.checkpoints:
+        if args.trained_with is None:
+            results[path] = compare(path, args.scenes, args.seed, args.labels, device)
+        else:
+            results[path] = novelty(path, args.scenes, args.seed, args.trained_with, device)
+    for path, found in results.items():
+        print(f"\n{path}")
+        if args.trained_with is None:
+            show_pairs(found, *(("right", "wrong") if args.labels else ("top-k", "causal")))
+        else:
+            show_novelty(found)
     if args.out:
         write_json(args.out, results)
 

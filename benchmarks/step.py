@@ -18,7 +18,6 @@ Legend: B batch, T tokens, L layers.
 
 import argparse
 import contextlib
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +29,7 @@ from benchmarks.growth import counted_equal_at, draw, laws  # noqa: E402
 from benchmarks.text_models import TextModel  # noqa: E402
 from benchmarks.timing import Step, has_sync, race  # noqa: E402
 from unimod_mini import Batch, ModelConfig, Plan, UnifiedTransformer, count_flops, flops_ratio  # noqa: E402
-from unimod_mini.files import whole_file  # noqa: E402
+from unimod_mini.files import whole_file, write_json  # noqa: E402
 from unimod_mini.flops import bisect, peak_flops  # noqa: E402
 from unimod_mini.memory import activation_bytes  # noqa: E402
 from unimod_mini.routers import capacity  # noqa: E402
@@ -154,6 +153,12 @@ class Unrouted(UnifiedTransformer):
         return torch.cat((x[:, :K] + update, x[:, K:]), dim=1), None
 
 
+def unrouted_saving(config: ModelConfig, plan: Plan, task: str, length: int) -> float:
+    """Training FLOPs that Unrouted saves: the plan's, and those of its routers and predictors."""
+    dense, routed = (count_flops(config, which, task, length, "train") for which in (None, plan))
+    return 1 - (routed.total - routed.by_part["router"] - routed.by_part["predictor"]) / dense.total
+
+
 def costs(config: ModelConfig, plan: Plan | None, name: str, row: dict, peak: float | None) -> dict:
     """Tokens a second, MFU and, where no peak was measured, the bytes of activations of one twin."""
     T, B, task, seconds = row["length"], row["batch"], row["task"], row[f"{name}_ms"] / 1000
@@ -184,10 +189,11 @@ def measure(config: ModelConfig, plans: list, args, length: int, batch: int, dev
         del unimod                                         # its memory is free before the next one is built
         if args.unrouted:
             free = Step(lambda: Unrouted(config, plan), batches, device, args.compile)
-            other = row["unrouted"] = race(dense, free, row["flops_saved"], args.seconds, args.interval)
+            other = row["unrouted"] = race(dense, free, unrouted_saving(config, plan, args.task, length), args.seconds,
+                                           args.interval)
             low, high = other["time_saved_interval"]
-            print(f"{'':>15}without routing: time saved {other['time_saved']:.1%} [{low:.1%},{high:.1%}], "
-                  f"{other['pairs']} pairs", flush=True)
+            print(f"{'':>15}without routing: {other['flops_saved']:.1%} of the FLOPs, time saved "
+                  f"{other['time_saved']:.1%} [{low:.1%},{high:.1%}], {other['pairs']} pairs", flush=True)
     return rows
 
 
@@ -248,12 +254,6 @@ def where(args, device) -> dict:
             "memory": "peak, measured" if device.type == "cuda" else "activations of a batch, closed form, float32"}
 
 
-def save(path, text: str) -> None:
-    """Under a temporary name first."""
-    with whole_file(path) as file:
-        file.write(text)
-
-
 def main(argv=None) -> dict:
     args = parse(argv)
     device = find_device(args.device)
@@ -272,14 +272,15 @@ def main(argv=None) -> dict:
     if args.grow:
         out["laws"] = laws(out["rows"], config.n_layer, args.length)
         out["laws"]["counted_equal_at"] = counted_equal_at(out["rows"], config.n_layer)
-        save(args.grow, draw(out["laws"]))
+        with whole_file(args.grow) as file:
+            file.write(draw(out["laws"]))
         timed, counted = out["laws"]["length"]["dense"]["equal_at"] or float("inf"), out["laws"]["counted_equal_at"]
         print(f"{args.grow} written; the T and the T^2 part of dense are equal at T = {timed:,.0f} by time, "
               f"{counted:,.0f} by counted FLOPs")
     if args.against_hf:
         out["hf"] = against_hf(config, args, device)
     if args.out:
-        save(args.out, json.dumps(out, indent=1))
+        write_json(args.out, out)
     return out
 
 

@@ -68,7 +68,7 @@ def read_and_judge(model, tokenizer, asked: list) -> list:
 
 
 def judge(model, world, small, tokenizer, scenes: int, seed: int) -> dict:
-    """{task: accuracy, "worst": {task: its worst category}} on unseen scenes; small: the world of the texts."""
+    """{task: accuracy, "worst": {task: its worst category}} on fresh scenes; small: the world of the texts."""
     model.eval()
     rng = Random(f"evaluate {seed}")
     right = {"t2i": draw_and_judge(model, tokenizer, world, world.sample_t2i(scenes, rng)[0], **SETTING["drawing"]),

@@ -263,6 +263,34 @@ def test_quality(run, toy_checkpoint, tmp_path, labels):
         assert row["points"] == pytest.approx(100 * (row["second"] - row["first"])) and row["scenes"] == 7
 
 
+def test_what_occurred_in_training(run, toy_checkpoint, tmp_path, monkeypatch):
+    """The data that is made again is what train_toy.py trains on: its pictures and captions, and no sample of ARank's.
+    Scenes are counted on one side or the other."""
+    toy = choices.toy
+    monkeypatch.setitem(toy.SETTINGS, "emu3", toy.SETTINGS["emu3"] | {"t2i": 3, "mmu": 2, "steps": 4})
+    world, tokenizer = toy.make_world(toy.parse([]))
+    batches, real = [], toy.train_step
+    monkeypatch.setattr(toy, "train_step", lambda model, optimizers, batches_, *rest: (
+        batches.append(batches_), real(model, optimizers, batches_, *rest))[1])
+    monkeypatch.setattr(toy, "judge", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        toy.main(["--seed", "3", "--out", str(tmp_path)])
+    rows = [row for step in batches for batch in step.values() for row in batch.ids.tolist()]
+    pictures = {tuple(i - tokenizer.image_start for i in row if tokenizer.image_start <= i < tokenizer.image_end) for row in rows}
+    found = quality.training_data(tokenizer, 3)
+    assert found.pictures == pictures and len(pictures) > 20
+    prompts = [tokenizer.t2i_prompt(caption) for caption in ["", *found.captions]]           # "": dropped
+    met = {prompts.index(row[:row.index(tokenizer.special["img"]) + 1]) for step in batches for row in step["t2i"].ids.tolist()}
+    assert len(met - {0}) > len(found.captions) / 2
+    assert {(picture, text) for picture, text in found.asked if picture in pictures} == found.asked != set()
+
+    _, file = toy_checkpoint
+    lines = run(str(file), "--scenes", "7", "--trained-with", "3", "--out", str(tmp_path / "found.json"), module=quality)
+    parts = json.loads((tmp_path / "found.json").read_text())[str(file)]
+    assert len(lines[-3:]) == len(parts) == 3
+    assert all(row["in training"]["scenes"] + row["not"]["scenes"] == 7 for row in parts.values())
+
+
 def test_a_checkpoint_that_is_not_there_is_named_first(run, capsys):
     """Before the others are judged for hours."""
     with pytest.raises(SystemExit):

@@ -107,7 +107,8 @@ def test_one_thing_at_a_time(checkpoint, arguments, capsys):
     assert "give either --prompt, or --image with --question" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments, message", [(["--prompt", "a", "--top-k", "3"], "--top-k: not for pictures"),
+@pytest.mark.parametrize("arguments, message", [(["--prompt", "a", "--top-p", ".3"], "--top-p: not for pictures"),
+                                                (["--prompt", "a", "--top-k", "3", "--temperature", "0"], "give a --temperature above 0"),
                                                 (["--image", "a", "--question", "b", "--steps", "3"], "--steps: not for answers"),
                                                 (["--image", "a", "--question", "b", "--top-k", "3"], "give a --temperature above 0"),
                                                 (["--image", "a", "--question", "b", "--top-p", ".5", "--temperature", "0"],

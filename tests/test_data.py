@@ -1,6 +1,7 @@
 """unimod_mini.data: captioned picture folders."""
 import io
 import json
+import struct
 import sys
 
 import pytest
@@ -188,6 +189,17 @@ def test_photographs_stand_upright(tmp_path, Image):
     exif = Image.Exif()
     exif[0x0112] = 6
     picture.save(tmp_path / "a.jpg", exif=exif, quality=95)
+    image = data.read_image(tmp_path / "a.jpg", 8).float()
+    assert image[:3].max() < 20 and image[5:].min() > 235
+
+
+def test_an_odd_entry_does_not_lose_a_turned_photograph(tmp_path, Image):
+    """An EXIF block whose XResolution (282) is a text, instead of a fraction, still says how the picture stands (274)."""
+    entries = struct.pack("<HHIHH", 274, 3, 1, 6, 0) + struct.pack("<HHI4s", 282, 2, 4, b"72\0\0")
+    block = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4)
+    picture = Image.new("RGB", (64, 64), "white")
+    picture.paste((0, 0, 0), (0, 0, 32, 64))
+    picture.save(tmp_path / "a.jpg", exif=block, quality=95)
     image = data.read_image(tmp_path / "a.jpg", 8).float()
     assert image[:3].max() < 20 and image[5:].min() > 235
 

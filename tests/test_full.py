@@ -470,8 +470,8 @@ def test_init_takes_a_folder_of_checkpoints_too(data, whole, tmp_path):
 
 @pytest.mark.parametrize("optimizer", ("adamw", "muon"))
 def test_a_step_that_is_not_finite_changes_nothing(data, optimizer):
-    """Weights, optimisers' state and the count of updates stay as they are, to the bit; the next step works again."""
-    config = full.parse(["--data", str(data["emu3"]), *TINY, "--optimizer", optimizer, "--seed", "5"])
+    """Weights, optimisers' state, average and the count of updates stay as they are, to the bit; the next step works."""
+    config = full.parse(["--data", str(data["emu3"]), *TINY, "--optimizer", optimizer, "--seed", "5", "--ema", "0.9"])
     with changed(("nan", [2, 3], 0)):
         job = full.make_job(config, Ranks(0, 1, 0), torch.device("cpu"))
         run = full.begin(job)

@@ -339,6 +339,34 @@ def test_a_question_that_does_not_fit(backbone):
 
 
 @both
+def test_only_routings_with_a_label(backbone):
+    """causal, and topk, which is labelled non-causal: the predictors' ranking over a whole sequence is for training."""
+    tokens, model = make(backbone)
+    for call in (lambda: generate_text(model, tokens, pictures(tokens, 1)[0], "a", routing="predicted"),
+                 lambda: generate_image(model, tokens, "a", routing="predicted")):
+        with pytest.raises(ValueError, match='routing must be "causal" or "topk" .non-causal., got \'predicted\''):
+            call()
+
+
+@both
+def test_the_likeliest_code_alone(backbone):
+    """top_k=1 draws Emu3's picture as temperature 0 does, and any picture whatever the temperature; 0 is refused."""
+    tokens, model = make(backbone)
+    hot, hotter = (generate_image(model, tokens, "a b", temperature=t, top_k=1, seed=3) for t in (0.5, 9.0))
+    assert torch.equal(hot, hotter)
+    if backbone == "emu3":
+        assert torch.equal(hot, generate_image(model, tokens, "a b", temperature=0.0))
+    with pytest.raises(ValueError, match="top_k >= 1"):
+        generate_image(model, tokens, "a b", top_k=0)
+
+
+def test_a_temperature_next_to_nothing():
+    """Logits over 1e-39 are infinite: what is drawn is the likeliest id all the same."""
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    assert sample(logits, 1e-39, torch.Generator().manual_seed(0)).tolist() == [1]
+
+
+@both
 def test_counts_must_match(backbone):
     """Two pictures for one question, or the reverse, is a ValueError naming both numbers; so is a bad picture."""
     tokens, model = make(backbone)

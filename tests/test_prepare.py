@@ -308,6 +308,57 @@ def test_a_csv_that_breaks_off(tmp_path):
     assert last.why.startswith("the rest of it cannot be read (field larger than")
 
 
+def test_a_damaged_tar_says_so_wherever_it_breaks(tmp_path):
+    """Cut in a file, in a header or between two files, or with one byte of a header changed: what is before counts, and
+    the rest is listed. A whole tar, also an empty one, lists nothing."""
+    whole = tar_of(tmp_path / "whole.tar", web_files(range(6))).read_bytes()
+    heads = [start for start in range(0, len(whole), 512) if whole[start + 257:start + 262] == b"ustar"]
+    third = heads[6]                                       # three files a sample
+    for number, bytes_ in enumerate((whole[:third], whole[:third + 100], whole[:third + 600],
+                                     whole[:third + 5] + b"?" + whole[third + 6:])):
+        (tmp_path / f"{number}.tar").write_bytes(bytes_)
+        *items, last = read_source(tmp_path / f"{number}.tar")
+        assert [item.key for item in items] == [f"{number}.tar/{item.key.split('/', 1)[1]}" for item in read_source(
+            tmp_path / "whole.tar")][:2]
+        assert isinstance(last, Skipped) and last.why.startswith("the rest of it cannot be read")
+    assert len(list(read_source(tmp_path / "whole.tar"))) == 6
+    assert list(read_source(tar_of(tmp_path / "empty.tar", {}))) == []
+
+
+def test_a_table_with_captions_that_would_be_wrong(tmp_path):
+    """A comma outside of quotes and a table that is not UTF-8 lose that row, a quote that is never closed the rest: none
+    of them becomes a shorter, a garbled or a longer caption."""
+    photos = folder_of(tmp_path / "photos", csv=True)
+    rows = ["file_name,text", "0.png,a cat, sleeping", "1.png,un caf\xe9", '2.png,"two, quoted"', '3.png,"open', "4.png,four"]
+    (photos / "captions.csv").write_bytes("\n".join(rows).encode("latin-1"))
+    comma, latin, item, rest = read_source(photos)
+    assert comma == ("captions.csv, line 2", "more columns than the first line names, from ' sleeping' on: a text with commas "
+                     "needs quotes")
+    assert latin == ("captions.csv, line 3", r"not UTF-8: 'un caf\udce9'; save the table as UTF-8")
+    assert item.texts[0] == ("t2i", "two, quoted", "")
+    assert isinstance(rest, Skipped) and rest.why == "the rest of it cannot be read (unexpected end of data)"
+
+
+def test_a_caption_is_the_same_in_every_format(tmp_path):
+    """Blanks around it and the mark that Windows puts in front of a text file are no part of it."""
+    photos = folder_of(tmp_path / "photos", [])
+    (photos / "0.png").write_bytes(png(0))
+    (photos / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "text": " a cat \n"}))
+    tar = tar_of(tmp_path / "a.tar", {"0.png": png(0), "0.txt": b"\xef\xbb\xbfa cat\r\n"})
+    assert [item.texts[0][1] for source in (photos, tar) for item in read_source(source)] == ["a cat"] * 2
+
+
+def test_a_source_that_was_not_there_yet(tmp_path):
+    """Pictures that could not be read end the run before they are taken for read."""
+    photos = folder_of(tmp_path / "photos")
+    names = [photos / f"{i}.png" for i in range(12)]
+    for name in names:
+        name.rename(name.with_suffix(".away"))
+    with pytest.raises(SystemExit, match="error: no picture to train on: 12 entries were read; the first: .* does not exist"):
+        run(photos, tmp_path / "out", *TINY)
+    assert not (tmp_path / "out" / "work" / "pictures.done").exists()
+
+
 def test_suffixes_in_capitals(tmp_path):
     """A tar with 1.PNG and 1.TXT has a picture with a caption."""
     item, = read_source(tar_of(tmp_path / "a.tar", {"1.PNG": png(1), "1.TXT": b"one"}))
@@ -528,7 +579,9 @@ def test_one_path_by_two_names(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("change, message", [
     (lambda lines: lines[3:], "out was begun, 0.png is now 3.png: choose another folder"),
-    (lambda lines: lines[:4], "out was begun, 4.png is now its end: choose another folder")])
+    (lambda lines: lines[:4], "out was begun, 4.png is now its end: choose another folder"),
+    (lambda lines: [line.replace('"text": "', '"text": "new ') for line in lines],
+     "out was begun, 0.png is now another text: choose another folder")])
 def test_a_source_that_changed_is_refused(tmp_path, change, message):
     """Going on after the second chunk, a run names the first finished entry that is another one now."""
     photos = folder_of(tmp_path / "photos")
@@ -630,6 +683,16 @@ def test_the_sheet_shows_originals_on_top(tmp_path):
         sheet.crop((8, 8, 8 + 128, 8 + 128)).save(tmp_path / "cell.png")
     cell = read_png(tmp_path / "cell.png", 8, 8)
     assert any(torch.equal(cell, read_image(photos / f"{i}.png", 8)) for i in range(12))
+
+
+def test_a_long_caption_leaves_the_sheet_small(tmp_path):
+    """A caption of a book's length is cut under its picture, and in what is said of it when it is over the budget."""
+    photos = folder_of(tmp_path / "photos", ["word " * 20_000] + CAPTIONS[1:])
+    run(photos, tmp_path / "out", *TINY, "--held", 0)
+    with Image.open(tmp_path / "out" / "reconstruction.png") as sheet:
+        assert sheet.height < 1500
+    skipped = (tmp_path / "out" / "skipped.txt").read_text().splitlines()
+    assert len(skipped) == 2 and all("is over the budget" in line and len(line) < 300 for line in skipped)
 
 
 def test_the_judge_of_emoji_runs(tmp_path, monkeypatch, capsys):

@@ -54,6 +54,11 @@ def context(valid, length, batch=1, spans=None):
     ({"t2i": 0.5}, r"keep must be \{task: \(a ratio for each layer\)\}.* got \{'t2i': 0.5\}"),
     ([(1, 1)], "keep must be"),
     (None, "keep must be"),
+    ({"t2i": "101"}, "keep must be"),
+    ({"t2i": {1: 0.5, 0: 1}}, "keep must be"),
+    ({"t2i": ("a", 1)}, "keep must be"),
+    ({"t2i": (10**400, 1)}, "keep must be"),
+    ({"t2i": (1,), 3: (1,), "x": (1,)}, r"unknown task \['3', 'x'\]"),
 ])
 def test_plan_rejects(keep, message):
     """A plan that cannot be right is a ValueError that says what is wrong."""
@@ -96,6 +101,10 @@ def test_plan_constructors():
     assert Plan.early_exit(8).keep["mmu"] == (1,) * 6 + (0,) * 2
     assert Plan.early_exit(4, ("mmu",), exit_layer=1).keep == {"mmu": (1, 0, 0, 0)}
     assert Plan.early_exit(1).keep["t2i"] == (1,)
+    assert Plan.early_exit(2, exit_layer=0).keep["t2i"] == (0, 0) and Plan.early_exit(2, exit_layer=2) == Plan.dense(2)
+    for wrong in (-1, 3):
+        with pytest.raises(ValueError, match=f"exit_layer must lie in 0 to 2, got {wrong}"):
+            Plan.early_exit(2, exit_layer=wrong)
 
 
 @given(plans(tasks=TASKS))

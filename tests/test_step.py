@@ -224,8 +224,18 @@ def test_without_routing(backbone, task, capsys):
     x = x + model.blocks[0](x, *model.context(batch.ids, None, batch.spans, None)[4:6])
     x[:, :K] = x[:, :K] + model.blocks[1](x[:, :K], *model.context(batch.ids[:, :K], None, spans, None)[4:6])
     torch.testing.assert_close(out.logits, model.head(model.norm(x)))
-    assert "unrouted" in step.main([*TINY, "--backbone", backbone, "--task", task, "--savings", "0.4", "--unrouted"])["rows"][0]
-    assert "without routing: time saved" in capsys.readouterr().out
+    row = step.main([*TINY, "--backbone", backbone, "--task", task, "--savings", "0.4", "--unrouted"])["rows"][0]
+    assert row["unrouted"]["flops_saved"] > row["flops_saved"]               # no router costs anything there
+    assert "without routing: " in capsys.readouterr().out
+
+
+def test_what_the_unrouted_twin_saves():
+    """A layer at keep k on the first K tokens costs what a dense layer costs on K tokens; the head is whole."""
+    config, length = step.make_config(step.parse([*TINY, "--layers", "2"])), 64
+    plan = Plan({"t2i": (1, .25), "mmu": (1, .25)})
+    layer = lambda n: step.count_flops(config, None, "mmu", n, "train").by_layer[1]
+    whole = step.count_flops(config, None, "mmu", length, "train").total
+    assert step.unrouted_saving(config, plan, "mmu", length) == pytest.approx((layer(length) - layer(16)) / whole)
 
 
 def test_growth(tmp_path):

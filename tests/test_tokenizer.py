@@ -387,6 +387,23 @@ def test_layout_errors(make, call, word):
         call(make())
 
 
+@pytest.mark.parametrize("make", [showo, emu3])
+def test_sizes_that_cannot_be(make):
+    """A grid or a text budget that is no whole number of at least 1 is refused, and so is the length of no task."""
+    for wrong in (dict(grid=(0, 3)), dict(grid=(1,)), dict(grid=(2, 3.0)), dict(text_length=0), dict(text_length=2.5)):
+        with pytest.raises(ValueError, match=r"grid must be \(rows, columns\) and text_length a length, .*, got "):
+            make(**wrong)
+    with pytest.raises(ValueError, match="unknown task 'x', the tasks are t2i, mmu, lm"):
+        make().length("x")
+
+
+@pytest.mark.parametrize("make", [showo, emu3])
+def test_a_model_of_these_sizes_has_room_for_an_answer(make):
+    """max_length holds the longest sequence of training, and a text budget of answer behind it."""
+    sizes = make().sizes()
+    assert sizes["max_length"] - max(make().length(task) for task in ("t2i", "mmu")) == make().text_length
+
+
 @pytest.mark.parametrize("call", [
     lambda t: t.t2i(["a", "b"], PICTURE), lambda t: t.t2i(["a"], PICTURE.repeat(2, 1, 1)),
     lambda t: t.mmu(["a", "b"], ["a", "b"], PICTURE), lambda t: t.mmu(["a"], ["a", "b"], PICTURE),

@@ -12,6 +12,7 @@ from helpers import build
 from unimod_mini import (METHODS, ModelConfig, Palette, Pictures, Plan, UnifiedTransformer, WordText, World, arank_table,
                          calibrate, count_flops, flops_ratio, generate_image, generate_text, load_checkpoint,
                          make_optimizers, plan_for_budget, predictor_report, save_checkpoint, train_step, trainer)
+from unimod_mini import evaluate as evaluation
 from unimod_mini.evaluate import ask_and_judge, blind_accuracy, by_category, draw_and_judge, share
 from unimod_mini.show import kept_tokens, save_png, terminal
 from unimod_mini.objectives import IGNORE
@@ -94,6 +95,27 @@ def test_calibrated_thresholds_realise_the_trained_capacity(backbone, dtype):
     assert 0.5 <= report["base_rate"] <= 1 and 0 <= report["accuracy"] <= 1
 
 
+def test_a_plan_without_routers_has_no_figures_of_predictors(capsys):
+    """None, not a perfect score; the table of train_toy.py says n/a."""
+    _, _, sampler, config = setup("emu3")
+    report = predictor_report(UnifiedTransformer(config, Plan.interleaved(2)), sampler(2, 2))
+    assert report.pop("by_layer") == [] and set(report.values()) == {None}
+    toy.report_predictors(report | {"by_layer": []})
+    assert capsys.readouterr().out.split("\n")[2].split() == ["mean", *["n/a"] * 6]
+
+
+def test_the_blind_answer_the_same_questions(monkeypatch):
+    """blind_accuracy asks the very questions that evaluate asks."""
+    asked, world = [], World()
+    monkeypatch.setattr(evaluation, "draw_and_judge", lambda *args, **options: [])
+    monkeypatch.setattr(evaluation, "ask_and_judge", lambda model, tokenizer, questions, *rest, **options: asked.append(questions) or [])
+    evaluation.evaluate(None, None, world, "causal", 30, 5, {})
+    answers = {question.text: question.answer for question in asked[0]}
+    monkeypatch.setattr(evaluation, "blind_answers", lambda world: answers)
+    right = sum(answers[question.text] == question.answer for question in asked[0])
+    assert evaluation.blind_accuracy(world, 30, 5) == round(right / 30, 4) > 0.3
+
+
 def test_float16_is_not_trained():
     """AdamW's epsilon is 0 in it, a step would leave NaN behind; bfloat16 trains."""
     model = UnifiedTransformer(ModelConfig.preset("toy-emu3"))
@@ -173,6 +195,9 @@ def test_a_checkpoint_comes_back_equal(tmp_path):
     assert torch.equal(back(**batch.inputs(), task="mmu").logits, model(**batch.inputs(), task="mmu").logits)
     assert back.plan == model.plan and extra["note"] == "kept"
     assert [path.name for path in tmp_path.iterdir()] == ["m.pt"]
+    with pytest.raises(ValueError, match="config, plan is stored from the model: take another name"):
+        save_checkpoint(tmp_path / "m.pt", model, plan=None, config={})
+    assert load_checkpoint(tmp_path / "m.pt")[0].plan == model.plan
     for dtype in (torch.float64, torch.bfloat16):          # a model comes back in its own precision
         save_checkpoint(tmp_path / "m.pt", deepcopy(model).to(dtype))
         assert {p.dtype for p in load_checkpoint(tmp_path / "m.pt")[0].state_dict().values()} == {dtype}
@@ -226,6 +251,17 @@ def test_every_method_is_a_plan_within_its_budget(method):
     assert ratio == 1 if method == "dense" else ratio <= (0.999 if method in ("interleaved", "early_exit") else 0.6)
     with pytest.raises(ValueError, match="unknown method"):
         plan_for_budget("moe", table, config, lengths, 0.6)
+
+
+def test_results_are_written_before_they_are_shown(tmp_path, monkeypatch):
+    """A terminal that cannot print a picture loses neither the checkpoint nor the metrics."""
+    def fails(images):
+        raise UnicodeEncodeError("latin-1", "\u2580", 0, 1, "ordinal not in range(256)")
+    monkeypatch.setattr(toy, "EVAL_SCENES", 14), monkeypatch.setattr(toy, "terminal", fails)
+    with pytest.raises(UnicodeEncodeError):
+        toy.main(["--steps", "2", "--method", "dense", "--out", str(tmp_path), "--device", "cpu"])
+    assert json.loads((tmp_path / "metrics.json").read_text())["predictor"]["accuracy"] is None
+    assert load_checkpoint(tmp_path / "checkpoint.pt")[0].plan == Plan.load(tmp_path / "plan.json")
 
 
 def test_main_runs_end_to_end_and_writes_its_files(tmp_path, monkeypatch, capsys):

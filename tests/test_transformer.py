@@ -63,15 +63,17 @@ def test_parameter_totals(name, total):
     (dict(n_head=5), "n_head=5 must divide d_model=32"),
     (dict(n_kv_head=3), "be a multiple of n_kv_head=3"),
     (dict(rope_fraction=0.4), "3 rotated dims a head, an even number is needed"),
-    (dict(n_head=0), r"sizes must be at least 1, got \{'n_head': 0\}"),
-    (dict(n_kv_head=0, n_layer=-1), r"sizes must be at least 1, got \{'n_layer': -1, 'n_kv_head': 0\}"),
-    (dict(d_ff=0), "sizes must be at least 1"),
+    (dict(n_head=0), r"sizes must be whole numbers of at least 1 .*, got \{'n_head': 0\}"),
+    (dict(n_kv_head=0, n_layer=-1), r"sizes must be whole numbers .*, got \{'n_layer': -1, 'n_kv_head': 0\}"),
+    (dict(d_ff=0), "sizes must be whole numbers of at least 1"),
+    (dict(n_layer=1.5, vocab_size="9"), r"sizes must be whole numbers .*, got \{'n_layer': 1.5, 'vocab_size': '9'\}"),
     (dict(rope_fraction=1.5), r"rope_fraction must lie in \[0, 1\] and attention_dropout in \[0, 1\), got 1.5, 0.0"),
     (dict(rope_fraction=-1.0), "rope_fraction must lie in"),
     (dict(attention_dropout=1.0), r"attention_dropout in \[0, 1\), got 0.5, 1.0"),
-    (dict(image_positions=-1), "at least 0 and rope_theta above 0, got -1, 0, 10000.0"),
-    (dict(predictor_width=-2), "at least 0 and rope_theta above 0, got 0, -2, 10000.0"),
-    (dict(rope_theta=0.0), "at least 0 and rope_theta above 0, got 0, 0, 0.0"),
+    (dict(image_positions=-1), r"predictor_width: 0\), got \{'image_positions': -1\}"),
+    (dict(predictor_width=-2), r"predictor_width: 0\), got \{'predictor_width': -2\}"),
+    (dict(image_start=-1), r"predictor_width: 0\), got \{'image_start': -1\}"),
+    *[(dict(rope_theta=theta), f"rope_theta must be finite and above 0, got {theta}") for theta in (0.0, float("inf"), float("nan"))],
 ])
 def test_config_rejects(changes, message):
     """A config that cannot be built is a ValueError that names the field."""
@@ -530,10 +532,12 @@ IDS = torch.zeros(2, 5, dtype=torch.long)
     (dict(ids=IDS[:, :0]), r"with B, T >= 1, got \(2, 0\)"),
     (dict(ids=IDS[:0]), r"with B, T >= 1, got \(0, 5\)"),
     (dict(ids=IDS.repeat(1, 13)), "65 tokens, but max_length is 64: shorten the sequence or raise max_length"),
-    (dict(positions=IDS[:, :4]), r"positions must have the shape of ids \(2, 5\), got \(2, 4\)"),
-    (dict(spans=IDS[:1]), r"spans must have the shape of ids \(2, 5\), got \(1, 5\)"),
-    (dict(valid=IDS[0].bool()), r"valid must have the shape of ids \(2, 5\), got \(5,\)"),
-    (dict(valid=IDS), "valid must be bool, got torch.int64: pass mask != 0"),
+    (dict(positions=IDS[:, :4]), r"positions must be torch.int64 of the shape of ids, \(2, 5\), got \(2, 4\)"),
+    (dict(positions=[0, 1]), "positions must be torch.int64 of the shape of ids, .* got a list"),
+    (dict(spans=IDS[:1]), r"spans must be torch.int64 of the shape of ids, \(2, 5\), got \(1, 5\)"),
+    (dict(spans=IDS.float()), r"spans must be torch.int64 .* got \(2, 5\) torch.float32"),
+    (dict(valid=IDS[0].bool()), r"valid must be torch.bool of the shape of ids, \(2, 5\), got \(5,\)"),
+    (dict(valid=IDS), r"valid must be torch.bool of the shape of ids, \(2, 5\), got \(2, 5\) torch.int64"),
     (dict(ids=IDS - 1), r"ids lie in \[-1, -1\], the vocabulary is \[0, 30\)"),
     (dict(ids=IDS + 30), r"ids lie in \[30, 30\], the vocabulary is \[0, 30\)"),
 ])
@@ -554,7 +558,9 @@ def test_the_cache_counts_towards_max_length():
 
 
 def test_plan_of_another_depth():
-    """A plan for another number of layers is refused when the model is made."""
+    """A plan for another number of layers, and what is no plan, are refused when the model is made."""
+    with pytest.raises(ValueError, match=r"plan must be a Plan or None \(dense\), got a dict: Plan\("):
+        UnifiedTransformer(tiny("showo"), {"t2i": (1, 1, 1)})
     with pytest.raises(ValueError, match="the plan has 4 layers, the model 3: make one for this model"):
         UnifiedTransformer(tiny("showo"), Plan.dense(4))
 

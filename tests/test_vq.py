@@ -137,6 +137,16 @@ def test_nearest_matches_brute_force(n_codes, dim, seed):
                 assert torch.equal(chosen.vectors[b, :, y, x], vq.codebook[best])
 
 
+@pytest.mark.parametrize("limit", (1, 7, 40, 2**24))
+def test_distances_come_in_pieces(monkeypatch, limit):
+    """However few distances are held at once, the codes are the same: a latent's code depends on it alone."""
+    vq = build("nearest").double()
+    z = torch.randn(2, 3, 5, vq.dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    whole = (z[..., None, :] - vq.codebook).square().sum(-1).argmin(-1)
+    monkeypatch.setattr(module, "DISTANCES", limit)
+    assert torch.equal(vq.choose(z), whole)
+
+
 def test_decode_reads_the_codebook():
     """decode(codes) is the decoder on the vectors that quantize chose, rounded to uint8."""
     for quantizer in QUANTIZERS:

@@ -97,9 +97,12 @@ class Chunks:
         """Takes from an iterator the entries that are finished. ValueError when others were read before."""
         for record in self.records():
             entry = next(entries, None)
-            if entry is None or entry.key != record["key"]:
+            there = getattr(entry, "texts", [])
+            lost = any(tuple(text) not in there for text in record.get("texts", ()))
+            if entry is None or entry.key != record["key"] or lost:
+                now = "its end" if entry is None else "another text" if entry.key == record["key"] else entry.key
                 raise ValueError(f"the source changed since {self.folder.parent} was begun, {record['key']} is now "
-                                 f"{entry.key if entry else 'its end'}: choose another folder")
+                                 f"{now}: choose another folder")
 
     def read(self, entries, size: int, held: float, workers: int, n_codes: int | None = None) -> None:
         """Entries (sources.py) -> the chunks that are missing. held: share of the pictures that is held out, where an

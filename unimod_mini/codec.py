@@ -218,6 +218,11 @@ class Codes:
     decode = encode
 
 
+def cut(text: str) -> str:
+    """What an error quotes of a text: 100 characters."""
+    return text if len(text) <= 100 else text[:100] + " .."
+
+
 def nearest(vectors: Tensor, centres: Tensor) -> Tensor:
     """argmin_c |v - c|^2, (M,) long; in pieces, so that the distances stay below 2^22 numbers."""
     step = max(1, 2**22 // len(centres))

@@ -4,6 +4,7 @@ The two backbones are those of transformer.py. Sources of the true sizes: showla
 baaivision/Emu3 (emu3/mllm/configuration_emu3.py).
 """
 
+import math
 from dataclasses import dataclass
 
 from .routers import GATES, MEMBERSHIP_WEIGHT
@@ -37,18 +38,20 @@ class ModelConfig:
         if self.membership not in MEMBERSHIP_WEIGHT:
             raise ValueError(f"ModelConfig: membership must be one of {', '.join(MEMBERSHIP_WEIGHT)}, got "
                              f"{self.membership!r}")
-        sizes = ("n_layer", "n_head", "n_kv_head", "d_model", "d_ff", "vocab_size", "max_length")
-        if small := {name: getattr(self, name) for name in sizes if getattr(self, name) < 1}:
-            raise ValueError(f"ModelConfig: sizes must be at least 1, got {small}")
+        least = dict.fromkeys(("n_layer", "n_head", "n_kv_head", "d_model", "d_ff", "vocab_size", "max_length"), 1)
+        least |= dict.fromkeys(("image_start", "image_positions", "predictor_width"), 0)
+        if bad := {name: getattr(self, name) for name, low in least.items()
+                   if not isinstance(getattr(self, name), int) or getattr(self, name) < low}:
+            raise ValueError("ModelConfig: sizes must be whole numbers of at least 1 (image_start, image_positions and "
+                             f"predictor_width: 0), got {bad}")
         if not (0 <= self.rope_fraction <= 1 and 0 <= self.attention_dropout < 1):
             raise ValueError(f"ModelConfig: rope_fraction must lie in [0, 1] and attention_dropout in [0, 1), got "
                              f"{self.rope_fraction}, {self.attention_dropout}")
         if self.d_model % self.n_head or self.n_head % self.n_kv_head:
             raise ValueError(f"ModelConfig: n_head={self.n_head} must divide d_model={self.d_model} and be a multiple "
                              f"of n_kv_head={self.n_kv_head}")
-        if self.image_positions < 0 or self.predictor_width < 0 or self.rope_theta <= 0:
-            raise ValueError("ModelConfig: image_positions and predictor_width must be at least 0 and rope_theta above "
-                             f"0, got {self.image_positions}, {self.predictor_width}, {self.rope_theta}")
+        if not 0 < self.rope_theta < math.inf:
+            raise ValueError(f"ModelConfig: rope_theta must be finite and above 0, got {self.rope_theta}")
         if self.rope_dims % 2:
             raise ValueError(f"ModelConfig: {self.rope_dims} rotated dims a head, an even number is needed")
 

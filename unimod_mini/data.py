@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .codec import Palette, nearest
+from .codec import Palette, cut, nearest
 from .shapes import Prompt, Question
 
 METADATA = "metadata.jsonl"
@@ -98,7 +98,7 @@ def _parse_line(line, folder, where):
     """A line of metadata.jsonl (bytes) as (path, caption); `where` begins every error."""
     try:
         row = json.loads(line)
-    except ValueError as error:  # not JSON, or not UTF-8
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested without end
         raise ValueError(f"{where}: not JSON ({error})") from error
     return check_row(row, folder, where)
 
@@ -117,11 +117,6 @@ def check_row(row, folder, where):
     return folder / name, row["text"]
 
 
-def cut(text):
-    """What an error quotes of a text: 100 characters."""
-    return text if len(text) <= 100 else text[:100] + " .."
-
-
 def open_picture(path, name=None, size=None):
     """A picture (path or open file), upright and on white, as Pillow's RGB; ValueError, naming it, if unreadable. size:
     a JPEG may come smaller (draft)."""
@@ -135,6 +130,9 @@ def open_picture(path, name=None, size=None):
                 raise ValueError(f"mode {file.mode}; save it with 8 bits a channel, as RGB")
             if size and file.format == "JPEG" and file.mode == "RGB":
                 draft(file, size)
+            file.load(), file.getexif()
+            for block in ("exif", "Raw profile type exif"):  # read already; writing it anew may fail at any odd entry
+                file.info.pop(block, None)
             ImageOps.exif_transpose(file, in_place=True)  # upright, as a viewer shows it
             picture = file.convert("RGBA" if file.has_transparency_data else "RGB")
     except FileNotFoundError:

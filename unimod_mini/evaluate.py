@@ -50,9 +50,10 @@ def by_category(right: list) -> dict:
 
 
 def evaluate(model, tokenizer, world, routing: str, n: int, seed: int, drawing: dict, label: str = "") -> dict:
-    """n unseen scenes of each task, and n / 3 with a held-out colour-shape pair (composition: both tasks' mean).
+    """n freshly drawn scenes of each task, and n / 3 with a held-out colour-shape pair (composition: both tasks' mean).
 
-    drawing: temperature and steps for generate_image. The same seed gives the same prompts to every model.
+    drawing: temperature and steps for generate_image. The same seed gives the same prompts to every model. A small
+    world repeats itself: many captions and pictures occur in training, too (benchmarks/quality.py tells them apart).
     """
     rng, few = Random(f"evaluate {seed}"), n // 3 if world.held_out else 0
     with tqdm(total=2 * (n + few), desc=f"{label:<8}", unit="scene", mininterval=1.0) as progress:
@@ -73,7 +74,8 @@ def evaluate(model, tokenizer, world, routing: str, n: int, seed: int, drawing: 
 
 
 def blind_accuracy(world, n: int, seed: int) -> float:
-    """Accuracy of answering every question with its text's most frequent answer, without seeing the picture."""
-    answers = blind_answers(world)
-    questions, _ = world.sample_mmu(n, Random(f"evaluate {seed}"))
+    """Accuracy of answering every question of `evaluate` with its text's most frequent answer, without the picture."""
+    answers, rng = blind_answers(world), Random(f"evaluate {seed}")
+    world.sample_t2i(n, rng)                               # as evaluate does before it asks
+    questions, _ = world.sample_mmu(n, rng)
     return round(sum(answers.get(q.text) == q.answer for q in questions) / n, 4)

@@ -85,10 +85,12 @@ def sample(logits: Tensor, temperature: float, generator: torch.Generator | None
     """logits (B, V) -> ids (B,): argmax at temperature 0, else a draw from softmax(logits / temperature).
 
     top_k: only the k likeliest ids; top_p: only the likeliest ids that reach this probability together, at least one.
+    Both count probabilities over all ids (Hugging Face counts top_p over those that top_k has left).
     """
     if temperature == 0:
         return logits.argmax(-1)
-    p, ids = (logits.float() / temperature).softmax(-1).cpu().sort(dim=-1, descending=True)       # (B, V)
+    logits = logits.float()
+    p, ids = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1).cpu().sort(dim=-1, descending=True)       # (B, V)
     before = p.cumsum(-1) - p                              # probability of the likelier ids
     drop = (before >= top_p) | (torch.arange(p.shape[-1]) >= (top_k or p.shape[-1]))
     drop[:, 0] = False
@@ -96,7 +98,10 @@ def sample(logits: Tensor, temperature: float, generator: torch.Generator | None
     return ids.gather(1, drawn).squeeze(1).to(logits.device)
 
 
-def check_sampling(temperature: float, top_k: int | None = None, top_p: float = 1.0, guidance: float = 0.0) -> None:
+def check_sampling(routing: str, temperature: float, top_k: int | None = None, top_p: float = 1.0,
+                   guidance: float = 0.0) -> None:
+    if routing not in ("causal", "topk"):
+        raise ValueError(f'routing must be "causal" or "topk" (non-causal), got {routing!r}')
     if not 0 <= guidance < math.inf:
         raise ValueError(f"guidance must be finite and >= 0, got {guidance}")
     if not 0 <= temperature < math.inf or not 0 < top_p <= 1 or (top_k is not None and top_k < 1):
@@ -113,9 +118,9 @@ def generate_text(model: UnifiedTransformer, tokenizer: Tokenizer, image: Tensor
     image: uint8 pixels (H, W, 3) or long codes (h, w) with a str, a batch of either with a list of str. Returns a str,
     or a list of them. Codes that are known need not be decoded: a VQ may code its own picture otherwise. An answer ends
     before the tokenizer's eot, any id of `stop`, after max_tokens (default: the tokenizer's text budget), or at the
-    model's max_length.
+    model's max_length, counted from the batch's longest prompt.
     """
-    check_sampling(temperature, top_k, top_p)
+    check_sampling(routing, temperature, top_k, top_p)
     check_tokenizer(model, tokenizer)
     if not isinstance(image, Tensor):
         raise ValueError(f"generate_text: image must be a tensor of pixels or codes, got {type(image).__name__}: "
@@ -123,7 +128,8 @@ def generate_text(model: UnifiedTransformer, tokenizer: Tokenizer, image: Tensor
     single = isinstance(question, str)
     images, questions = (image[None], [question]) if single else (image, list(question))
     if len(images) != len(questions) or not questions:
-        raise ValueError(f"generate_text: {len(images)} images for {len(questions)} questions, one each is needed")
+        raise ValueError(f"generate_text: {len(images)} images for {len(questions)} questions, one each is needed (one "
+                         "picture and its question: a str, or image[None])")
     device = next(model.parameters()).device
     codes = images if images.dtype == torch.long else tokenizer.image.encode(images)
     picture = tokenizer.image_ids(codes).tolist()
@@ -153,29 +159,32 @@ def generate_text(model: UnifiedTransformer, tokenizer: Tokenizer, image: Tensor
 
 
 def generate_image(model: UnifiedTransformer, tokenizer: Tokenizer, prompt, routing: str = "causal",
-                   temperature: float = 1.0, guidance: float = 0.0, steps: int = 12, seed: int = 0) -> Tensor:
+                   temperature: float = 1.0, guidance: float = 0.0, steps: int = 12, seed: int = 0,
+                   top_k: int | None = None) -> Tensor:
     """Draw pictures from captions: uint8 (H, W, 3) for a str, (B, H, W, 3) for a list of str; the codes themselves,
     long (h, w) or (B, h, w), where the tokenizer's image codec is Codes.
 
     guidance w > 0 pushes away from the picture without a caption: c + w (c - u). steps: of Show-o's parallel decoding,
-    not read for Emu3.
+    not read for Emu3. top_k: only the k likeliest codes (Emu3 draws with 2,048).
     """
     single = isinstance(prompt, str)
     prompts = [prompt] if single else list(prompt)
-    images = tokenizer.image.decode(generate_codes(model, tokenizer, prompts, routing, temperature, guidance, steps, seed))
+    images = tokenizer.image.decode(generate_codes(model, tokenizer, prompts, routing, temperature, guidance, steps, seed,
+                                                   top_k))
     return images[0] if single else images
 
 
 @inference
 def generate_codes(model: UnifiedTransformer, tokenizer: Tokenizer, prompts: list, routing: str = "causal",
-                   temperature: float = 1.0, guidance: float = 0.0, steps: int = 12, seed: int = 0) -> Tensor:
+                   temperature: float = 1.0, guidance: float = 0.0, steps: int = 12, seed: int = 0,
+                   top_k: int | None = None) -> Tensor:
     """The codes of generate_image's pictures: long (B, h, w), on the CPU."""
-    check_sampling(temperature, guidance=guidance)
+    check_sampling(routing, temperature, top_k, guidance=guidance)
     check_tokenizer(model, tokenizer)
     if steps < 1 or not prompts:
         raise ValueError(f"generate_image: steps and prompts must be at least 1, got {steps} and {len(prompts)}")
     generator = torch.Generator().manual_seed(seed)
-    given = model, tokenizer, prompts, routing, temperature, guidance, generator
+    given = model, tokenizer, prompts, routing, temperature, guidance, generator, top_k
     return draw_parallel(*given, steps) if tokenizer.backbone == "showo" else draw_by_row(*given)
 
 
@@ -187,7 +196,7 @@ def guided(logits: Tensor, guidance: float) -> Tensor:
     return conditional + guidance * (conditional - unconditional)
 
 
-def draw_by_row(model, tokenizer, prompts, routing, temperature, guidance, generator) -> Tensor:
+def draw_by_row(model, tokenizer, prompts, routing, temperature, guidance, generator, top_k) -> Tensor:
     """Emu3: one code after the other, an EOL after every row of w. Returns codes (B, h, w) on the CPU.
 
     ValueError when prompt and picture are longer than the model's max_length.
@@ -207,7 +216,7 @@ def draw_by_row(model, tokenizer, prompts, routing, temperature, guidance, gener
     for row in range(h):
         for _ in range(w):
             logits = guided(decode(ids, valid), guidance)[:, tokenizer.image_start:tokenizer.image_end]
-            code = sample(logits, temperature, generator)                    # (B,)
+            code = sample(logits, temperature, generator, top_k)             # (B,)
             image.append(code)
             ids, valid = (code + tokenizer.image_start).repeat(len(streams) // count)[:, None], None
         if row < h - 1:
@@ -215,7 +224,7 @@ def draw_by_row(model, tokenizer, prompts, routing, temperature, guidance, gener
     return torch.stack(image, 1).view(count, h, w).cpu()
 
 
-def draw_parallel(model, tokenizer, prompts, routing, temperature, guidance, generator, steps) -> Tensor:
+def draw_parallel(model, tokenizer, prompts, routing, temperature, guidance, generator, top_k, steps) -> Tensor:
     """Show-o: all codes at once, the least confident masked again, cos(pi s / 2 S) of them after step s of S.
 
     Confidence = log p + 4.5 (1 - s / S) Gumbel noise (MaskGIT's value, the published linear decay). Without enough of
@@ -231,7 +240,7 @@ def draw_parallel(model, tokenizer, prompts, routing, temperature, guidance, gen
     for step in range(1, steps + 1):
         batch.ids[:, -N - 1:-1] = codes.repeat(len(streams) // count, 1)     # soi N codes eoi stand at the end
         logits = guided(look()[:, 1:-1], guidance)[..., tokenizer.image_start:tokenizer.image_end]   # (B, N, n_codes)
-        drawn = sample(logits.flatten(0, 1), temperature, generator).view(count, N)
+        drawn = sample(logits.flatten(0, 1), temperature, generator, top_k).view(count, N)
         hidden = codes == tokenizer.mask_id
         confidence = logits.float().log_softmax(-1).gather(2, drawn[..., None]).squeeze(2)
         gumbel = -torch.rand(confidence.shape, generator=generator).clamp(min=1e-9).log_().neg_().log_().to(device)
@@ -276,7 +285,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--temperature", type=float, help="default: the checkpoint's for pictures, 0 for answers")
     out.add_argument("--guidance", type=float, help="of pictures; default: the checkpoint's")
     out.add_argument("--steps", type=int, help="of Show-o's parallel drawing; default: the checkpoint's")
-    out.add_argument("--top-k", type=int, help="of answers: only the k likeliest words")
+    out.add_argument("--top-k", type=int, help="only the k likeliest words of an answer, or codes of a picture")
     out.add_argument("--top-p", type=float, help="of answers: only the likeliest words that reach p")
     out.add_argument("--seed", type=int, default=0)
     out.add_argument("--device", help="cuda, mps or cpu; found by itself when not given")
@@ -290,18 +299,18 @@ def main(argv=None) -> None:
     args = cli.parse_args(argv)
     if (args.prompt is None) == (args.image is None) or (args.image is None) != (args.question is None):
         cli.error("give either --prompt, or --image with --question")
-    idle = {"--guidance": args.guidance, "--steps": args.steps} if args.prompt is None else {
-        "--top-k": args.top_k, "--top-p": args.top_p}
+    idle = {"--guidance": args.guidance, "--steps": args.steps} if args.prompt is None else {"--top-p": args.top_p}
     if unread := [name for name, value in idle.items() if value is not None]:
         cli.error(f"{', '.join(unread)}: not for {'answers' if args.prompt is None else 'pictures'}")
-    if (args.top_k is not None or args.top_p is not None) and not args.temperature:
+    by_chance = args.temperature or (args.temperature is None and args.prompt is not None)   # the checkpoint's
+    if (args.top_k is not None or args.top_p is not None) and not by_chance:
         cli.error("--top-k and --top-p are about what is drawn by chance: give a --temperature above 0 as well")
     try:
         run(args)
     except FileNotFoundError as error:
         sys.exit(f"error: {error.filename} does not exist"
                  + (": python train_toy.py makes one" if error.filename == args.checkpoint else ""))
-    except (ValueError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
 
 
@@ -327,13 +336,13 @@ def run(args) -> None:
         if args.prompt is not None:
             given = {"temperature": args.temperature, "guidance": args.guidance, "steps": args.steps}
             options = stored.get("drawing", {}) | {name: x for name, x in given.items() if x is not None}
-            drawn = generate_codes(model, tokenizer, [args.prompt], args.routing, seed=args.seed, **options)
+            drawn = generate_codes(model, tokenizer, [args.prompt], args.routing, seed=args.seed, top_k=args.top_k, **options)
             image = tokenizer.image.decode(drawn)[0]
             if codes:
                 print(write_codes(image, f"{args.out[:-4]}.npy"))
             else:
                 write_png(enlarged(image), args.out)
-                print(f"{terminal(image[None])}\n{args.out} written")
+                print(f"{args.out} written\n{terminal(image[None])}")
             batch, task = tokenizer.t2i([args.prompt], drawn), "t2i"
         else:
             patch = tokenizer.image.patch
@@ -342,9 +351,9 @@ def run(args) -> None:
             question = tokenizer.text.chat(args.question)[0] if isinstance(tokenizer.text, HFText) else args.question
             answer = generate_text(model, tokenizer, image, question, args.routing, args.temperature or 0.0,
                                    seed=args.seed, top_k=args.top_k, top_p=1.0 if args.top_p is None else args.top_p)
+            print(f"{args.question} {answer}")             # first: not every terminal can print the picture
             if not codes:
                 print(terminal(image[None]))
-            print(f"{args.question} {answer}")
             picture = tokenizer.image_ids(tokenizer.image.encode(image[None]))[0].tolist()
             row = tokenizer.mmu_prompt(question, picture) + tokenizer.text.encode(answer)
             ids = torch.tensor([row[:model.config.max_length]])

@@ -60,14 +60,18 @@ def arank(model: UnifiedTransformer, batch: Batch, task: str, measure: str = "en
           tolerance: float = 0.1) -> Tensor:
     """(L,) float: ARank of every layer divided by the sequence's valid tokens, in (0, 1]; the mean over the samples.
 
-    ValueError for a sample without a valid token.
+    ValueError for a sample without a valid token, and for attention scores that are not finite.
     """
     rows, count = [], batch.is_valid.sum(1)
     if (count == 0).any():
         raise ValueError(f"layer_switch: sample {int(count.argmin())} of {task} is all padding: leave it out")
     for q, k in queries_and_keys(model, batch, task):
         r_q, r_k = (torch.linalg.qr(t, mode="r").R for t in (q, k))          # (B, H, d, d): q = Q_q R_q
-        ranks = rank_of(torch.linalg.svdvals(r_q @ r_k.mT), measure, tolerance)              # (B, H)
+        scores = r_q @ r_k.mT                                                # same singular values as q k^T
+        if not scores.isfinite().all():
+            raise ValueError(f"layer_switch: the scores of layer {len(rows)} for {task} are not finite: look at the "
+                             "model's weights")
+        ranks = rank_of(torch.linalg.svdvals(scores), measure, tolerance)    # (B, H)
         rows.append((ranks.mean(1) / count).mean())
     return torch.stack(rows)
 
@@ -94,6 +98,9 @@ def switched(table: dict, u: float) -> Plan:
     relative = {task: [rho * len(row) / sum(row) for rho in row] for task, row in table.items()}
     low = min(map(min, relative.values()))
     high = max((place for row in relative.values() for place in row[1:]), default=low) + SOFTNESS
+    for row in relative.values():                          # a first layer stands out among those of its task
+        if row[0] > max(row[1:], default=row[0]) + SOFTNESS:
+            row[0] = max(row[0], high)
     threshold, scale, last = low + min(u, 1.0) * (high - low), min(1.0, max(0.0, 2.0 - u)), min(1.0, 3.0 - u)
 
     def keep(rho: float, place: float) -> float:

@@ -35,7 +35,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .chunks import Chunks
-from .codec import ByteText, Codes, HFText, Palette, WordText
+from .codec import ByteText, Codes, HFText, Palette, WordText, cut
 from .emoji import CREDITS, Emoji, check_size, fetch_emoji, write_notice
 from .files import whole_file, write_json
 from .shards import Sample, read_tokenizer, text_ids, write_shards
@@ -161,7 +161,7 @@ def judge_codec(chunks: Chunks, codec, numbers: dict, out: Path, seed: int) -> d
             sides |= {those[i]: split for i in pick}
     texts = {record["picture"]: record["texts"][0][1] for record in chunks.used()
              if record["picture"] in sides and record["texts"]}
-    names = [f"{split}: {texts[number]}" for number, split in sides.items()]
+    names = [f"{split}: {cut(texts[number])}" for number, split in sides.items()]
     print(save_png(torch.stack(pictures), names, out / "reconstruction.png", max(1, 128 // images.shape[1])))
     return results
 
@@ -350,8 +350,11 @@ def prepare(args) -> dict:
     chunks = Chunks(out / "work")
     if not (chunks.folder / "pictures.done").exists():
         read_pictures(args, chunks)
+        numbers = by_split(chunks)
         (chunks.folder / "pictures.done").touch()
-    numbers = by_split(chunks)
+    else:
+        print("pictures and texts were read before: what has changed in the source since then needs another folder")
+        numbers = by_split(chunks)
     print(f"{chunks.starts[-1]} different pictures, {len(numbers['held'])} of them held out")
     codec = make_codec(args, chunks, numbers["train"])
     write_codes(chunks, codec)

@@ -44,14 +44,16 @@ class Plan:
 
     def __post_init__(self):
         try:
+            if any(isinstance(row, (str, bytes, dict)) for row in self.keep.values()):
+                raise TypeError
             rows = {task: tuple(float(k) for k in row) for task, row in self.keep.items()}
-        except (AttributeError, TypeError):
+        except (AttributeError, TypeError, ValueError, OverflowError):
             raise ValueError(f'Plan: keep must be {{task: (a ratio for each layer)}}, such as {{"t2i": (1, .5)}}, got '
                              f"{self.keep!r}") from None
         if not isinstance(self.shared_router, bool):
             raise ValueError(f"Plan: shared_router must be True or False, got {self.shared_router!r}")
         if unknown := set(rows) - set(TASKS):
-            raise ValueError(f"Plan: unknown task {sorted(unknown)}, the tasks are {', '.join(TASKS)}")
+            raise ValueError(f"Plan: unknown task {sorted(map(str, unknown))}, the tasks are {', '.join(TASKS)}")
         if len({len(row) for row in rows.values()}) != 1 or not next(iter(rows.values())):
             lengths = {task: len(row) for task, row in rows.items()}
             raise ValueError(f"Plan: every task needs one keep ratio a layer, got rows of length {lengths}")
@@ -97,8 +99,10 @@ class Plan:
 
     @classmethod
     def early_exit(cls, n_layer: int, tasks=("t2i", "mmu"), exit_layer: int | None = None) -> "Plan":
-        """All tokens leave before `exit_layer` (default: three quarters of the depth)."""
+        """All tokens leave before `exit_layer`, 0 to n_layer (default: three quarters of the depth)."""
         stop = max(1, 3 * n_layer // 4) if exit_layer is None else exit_layer
+        if not 0 <= stop <= n_layer:
+            raise ValueError(f"Plan.early_exit: exit_layer must lie in 0 to {n_layer}, got {stop}")
         return cls({task: tuple(float(layer < stop) for layer in range(n_layer)) for task in tasks})
 
     def save(self, path) -> None:
@@ -212,7 +216,7 @@ def select_topk(scores: Tensor, keep: float, valid: Tensor | None = None, order:
     if valid is None:                                      # the same K in every row
         best = best_first(scores, order)[:, :n_slot]
         return best.sort(1).values, None, torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best, True)
-    k = row_capacity(keep, valid, coming)                                                 # (B, 1)
+    k = row_capacity(keep, valid, coming).clamp(max=n_slot)                               # (B, 1); float32 may round up
     if coming:
         k = torch.minimum(k, valid.sum(1, keepdim=True))
     # padding is the worst, and the last of all ties

@@ -100,7 +100,7 @@ class Run:
         return losses, norm
 
     def update(self, bad: Tensor) -> None:
-        """Optimisers and average; bad () float: 1 leaves the weights and the optimisers' state as they are."""
+        """Optimisers and average; bad () float: 1 leaves the weights, the optimisers' state and the average as they are."""
         factor = self.rate()
         for optimizer, peaks in zip(self.optimizers, self.peaks):
             for group, peak in zip(optimizer.param_groups, peaks):
@@ -113,7 +113,7 @@ class Run:
             n = self.step - self.since
             decay = min(self.config.ema, (1 + n) / (10 + n))
             pairs = [(local(self.average[name]), local(p.detach())) for name, p in self.model.named_parameters()]
-            torch._foreach_lerp_(*map(list, zip(*pairs)), 1 - decay)
+            torch._foreach_lerp_(*map(list, zip(*pairs)), [(1 - decay) * (1 - bad)] * len(pairs))
         self.step += 1
 
     @torch.no_grad()

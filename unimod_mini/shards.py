@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .codec import cut
 from .files import whole_file
 from .objectives import drop_prompts, mask_image_tokens
 from .routers import TASKS
@@ -115,8 +116,8 @@ def write_task(folder: Path, tokenizer: Tokenizer, digest: str, split: str, task
 def layout(tokenizer: Tokenizer, task: str, n: int = 0) -> dict:
     """What the header of a shard says about its n records."""
     S, N = text_columns(tokenizer, task), 0 if task == "lm" else tokenizer.n_image
-    return {"dtype": "<u2" if tokenizer.vocab_size <= 2**16 else "<u4", "shape": [n, 2 + S + N], "text_length": S,
-            "grid": list(tokenizer.grid), "vocab_size": tokenizer.vocab_size}
+    return {"dtype": "<u2" if max(tokenizer.vocab_size, S + 1) <= 2**16 else "<u4", "shape": [n, 2 + S + N],
+            "text_length": S, "grid": list(tokenizer.grid), "vocab_size": tokenizer.vocab_size}
 
 
 def write_shard(path: Path, header: dict, rows) -> int:
@@ -141,7 +142,7 @@ def text_ids(tokenizer: Tokenizer, task: str, question: str, answer: str) -> tup
     for text, those in zip((question, answer), ids):
         back = tokenizer.text.decode(those)
         if tokenizer.text.encode(back) != those or letters(back) != letters(text):
-            raise ValueError(f"the ids of {text!r} give back {back!r}: is a special token in it?")
+            raise ValueError(f"the ids of {cut(text)!r} give back {cut(back)!r}: is a special token in it?")
     tokenizer.check_text(task, question, answer)
     tokenizer.fit_text(sum(ids, []), text_columns(tokenizer, task), f"{question} {answer}".strip())
     return ids

@@ -16,12 +16,14 @@ import hashlib
 import io
 import json
 import tarfile
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from .data import METADATA, _parse_line, check_row, cut, read_image
+from .codec import cut
+from .data import METADATA, _parse_line, check_row, read_image
 
 DESCRIBE = "describe ?"
 SUFFIXES = {False: ("jpg", "jpeg", "png", "webp", "gif", "bmp"), True: ("npy",)}            # True: codes
@@ -56,7 +58,8 @@ def share(*key) -> float:
 
 
 def captioned(key: str, picture, text: str) -> Item:
-    """A picture to draw from its caption, and to describe by it."""
+    """A picture to draw from its caption, without blanks around it, and to describe by it."""
+    text = text.strip()
     return Item(key, picture, [("t2i", text, ""), ("mmu", DESCRIBE, text)])
 
 
@@ -96,15 +99,26 @@ def image_folder(folder: Path):
         yield from rows_of(lines, folder, _parse_line)
 
 
+def csv_row(row: dict, folder: Path, where: str):
+    """check_row, and ValueError for what a table has that no JSON has."""
+    if None in row:
+        raise ValueError(f"more columns than the first line names, from {cut(repr(row[None][0]))} on: a text with commas "
+                         "needs quotes")
+    path, text = check_row(row, folder, where)
+    if any("\udc80" <= letter <= "\udcff" for letter in text):              # surrogateescape
+        raise ValueError(f"not UTF-8: {cut(ascii(text))}; save the table as UTF-8")
+    return path, text
+
+
 def captions_csv(folder: Path):
     """captions.csv, row by row; ValueError when the columns are not named."""
-    with open(folder / "captions.csv", newline="", encoding="utf-8-sig", errors="replace") as file:
-        table = csv.DictReader(file)
+    with open(folder / "captions.csv", newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        table = csv.DictReader(file, strict=True)          # strict: a quote that nobody closes is an error, not a caption
         try:
             if not {"file_name", "text"} <= set(table.fieldnames or ()):
                 raise ValueError(f"{folder / 'captions.csv'}: the first line must name the columns file_name and text, "
                                  f"it has {cut(str(table.fieldnames))}")
-            yield from rows_of(((f"captions.csv, line {table.line_num}", row) for row in table), folder, check_row)
+            yield from rows_of(((f"captions.csv, line {table.line_num}", row) for row in table), folder, csv_row)
         except csv.Error as error:
             yield Skipped(f"captions.csv, line {table.line_num + 1}", f"the rest of it cannot be read ({error})")
 
@@ -113,20 +127,23 @@ def webdataset(tar: Path, codes: bool = False):
     """The samples of a tar: neighbouring files that are called the same up to the first dot."""
     try:
         with tarfile.open(tar, "r:") as archive:           # plain: whoever decodes a picture reads it by its place
-            key, parts = None, {}
-            for part in archive:
-                folder, _, name = part.name.rpartition("/")
-                stem, _, suffix = name.partition(".")
-                if not part.isfile() or not stem:
-                    continue
-                if (folder, stem) != key and parts:
-                    yield tar_sample(tar, archive, "/".join((tar.name, *filter(None, key))), parts, codes)
-                    parts = {}
-                key, parts[suffix.lower()] = (folder, stem), part
-            if parts:
+            for key, group in groupby(tar_members(archive), key=lambda member: member[0]):
+                parts = {suffix: part for _, suffix, part in group}
                 yield tar_sample(tar, archive, "/".join((tar.name, *filter(None, key))), parts, codes)
+            archive.fileobj.seek(archive.offset)           # tarfile takes a damaged header for the end
+            if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"neither a file nor the end mark at byte {archive.offset}: damaged or cut short")
     except (tarfile.TarError, OSError, EOFError) as error:
         yield Skipped(tar.name, f"the rest of it cannot be read ({error}); expected a tar without compression")
+
+
+def tar_members(archive):
+    """((folder, name up to the first dot), the rest of the name, member) of every file."""
+    for part in archive:
+        folder, _, name = part.name.rpartition("/")
+        stem, _, suffix = name.partition(".")
+        if part.isfile() and stem:
+            yield (folder, stem), suffix.lower(), part
 
 
 def tar_sample(tar: Path, archive, key: str, parts: dict, codes: bool):
@@ -136,18 +153,19 @@ def tar_sample(tar: Path, archive, key: str, parts: dict, codes: bool):
         return Skipped(key, f"no picture among .{', .'.join(parts)}")
     read = lambda suffix: archive.extractfile(parts[suffix]).read()
     try:
-        text = read("txt").decode().strip() if "txt" in parts else ""
+        text = read("txt").decode("utf-8-sig") if "txt" in parts else ""
     except UnicodeDecodeError:
         return Skipped(key, "its .txt is not UTF-8")
-    if not text and "json" in parts:
+    if not text.strip() and "json" in parts:
         try:
             text = json.loads(read("json")).get("caption") or ""
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             return Skipped(key, "its .json is no JSON object")
         if not isinstance(text, str):
             return Skipped(key, f'the "caption" in its .json must be a text, not {cut(repr(text))}')
-        text = text.strip()
-    return captioned(key, Slice(tar, picture.offset_data, picture.size), text) if text else Skipped(key, "no caption")
+    if not text.strip():
+        return Skipped(key, "no caption")
+    return captioned(key, Slice(tar, picture.offset_data, picture.size), text)
 
 
 def conversations(path: Path, root: Path):
@@ -160,7 +178,7 @@ def conversations(path: Path, root: Path):
         return
     try:
         entries = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error})") from error
     if not isinstance(entries, list):
         raise ValueError(f"{path} must hold a list of conversations, it holds a {type(entries).__name__}")
@@ -174,7 +192,7 @@ def conversation(entry, root: Path, where: str):
         entry = json.loads(entry) if isinstance(entry, bytes) else entry
         picture, _ = check_row({"file_name": entry.get("image"), "text": "-"}, root, where)
         said = [(str(turn["from"]), turn["value"].replace("<image>", "").strip()) for turn in entry["conversations"]]
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, RecursionError) as error:
         return Skipped(where, f"{error}".removeprefix(f"{where}: ").replace('"file_name"', '"image"'))
     except (LookupError, TypeError, AttributeError):
         return Skipped(where, 'needs "conversations", a list of {"from": .., "value": text}')

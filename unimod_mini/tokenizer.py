@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .codec import ByteText, Codes, HFText, Palette, WordText, check_codes
+from .codec import ByteText, Codes, HFText, Palette, WordText, check_codes, cut
 from .vq import VQ
 
 IGNORE = -100
@@ -69,6 +69,9 @@ class Tokenizer:
             raise ValueError(f"Tokenizer: backbone must be showo or emu3, got {backbone!r}")
         if getattr(text, "backbone", backbone) != backbone:
             raise ValueError(f"Tokenizer: the text tokenizer is that of {text.backbone}, not of {backbone}")
+        if len(grid) != 2 or not all(isinstance(n, int) and n > 0 for n in (*grid, text_length)):
+            raise ValueError(f"Tokenizer: grid must be (rows, columns) and text_length a length, all whole numbers of at "
+                             f"least 1, got {grid}, {text_length}")
         self.backbone, self.text, self.image, self.grid = backbone, text, image, tuple(grid)
         self.text_length, self.system, self.assistant = text_length, system, assistant
         names = (("sot", "eot") if backbone == "showo" else ()) + SPECIAL[backbone]
@@ -179,7 +182,7 @@ class Tokenizer:
         """The ids, or a ValueError that quotes the text when they are over the budget."""
         if len(ids) > budget:
             raise ValueError(f"text of {len(ids)} tokens is over the budget of {budget} (text_length="
-                             f"{self.text_length}): {text or self.text.decode(ids)!r}")
+                             f"{self.text_length}): {cut(text or self.text.decode(ids))!r}")
         return ids
 
     # ------------------------------------------------------------------------------------------- layouts
@@ -271,7 +274,10 @@ class Tokenizer:
         return Batch(ids, None, valid, shift(ids.masked_fill(~valid, IGNORE)))
 
     def length(self, task: str) -> int:
-        """T of a task: S + N + 3 for every task of showo; for emu3 what its layout needs at most."""
+        """T of a task: S + N + 3 for every task of showo; for emu3 what its layout needs at most. ValueError for a task
+        that is not t2i, mmu or lm."""
+        if task not in ("t2i", "mmu", "lm"):
+            raise ValueError(f"unknown task {task!r}, the tasks are t2i, mmu, lm")
         if self.backbone == "showo" or task == "mmu":
             return self.mmu_overhead() + self.text_length
         return self.text_length + 2 + (self.picture_length if task == "t2i" else 0)          # BOS and EOS

@@ -207,7 +207,8 @@ def calibrate(model: UnifiedTransformer, batches: dict) -> None:
 
 @inference
 def predictor_report(model: UnifiedTransformer, batches: dict) -> dict:
-    """How well membership is predicted: means over the routed layers and tasks, and every one of them in "by_layer".
+    """How well membership is predicted: means over the routed layers and tasks (None: nothing is routed), and every one
+    of them in "by_layer".
 
     accuracy against top-k membership beside its base rate (always guessing the majority), precision and recall of
     "kept", and the share of tokens kept by top-k (capacity_trained) and by causal routing (capacity_realised).
@@ -228,7 +229,7 @@ def predictor_report(model: UnifiedTransformer, batches: dict) -> dict:
                           "capacity_realised": realised[asked].float().mean()}
                 rows.append({"task": task, "layer": layer} | {k: round(v.item(), 4) for k, v in values.items()})
     names = ("accuracy", "base_rate", "precision", "recall", "capacity_trained", "capacity_realised")
-    means = {name: round(sum(row[name] for row in rows) / len(rows), 4) if rows else 1.0 for name in names}
+    means = {name: round(sum(row[name] for row in rows) / len(rows), 4) if rows else None for name in names}
     return means | {"by_layer": rows}
 
 
@@ -237,7 +238,10 @@ def predictor_report(model: UnifiedTransformer, batches: dict) -> dict:
 # --------------------------------------------------------------------------------------------------------------
 
 def save_checkpoint(path, model: UnifiedTransformer, **extra) -> None:
-    """Weights, config, plan and plain `extra` data, readable with weights_only=True; written, then renamed."""
+    """Weights, config, plan and plain `extra` data, readable with weights_only=True; written, then renamed.
+    ValueError for extra data under one of these three names."""
+    if taken := {"model", "config", "plan"} & set(extra):
+        raise ValueError(f"save_checkpoint: {', '.join(sorted(taken))} is stored from the model: take another name")
     stored = {"model": model.state_dict(), "config": asdict(model.config), "plan": asdict(model.plan), **extra}
     with whole_file(path, "wb") as file:
         torch.save(stored, file)

@@ -176,6 +176,11 @@ class Output(NamedTuple):
     routing: list                  # a Routing for each routed layer, None for a dense or a skipped one
 
 
+def described(x) -> str:
+    """What was given, for an error."""
+    return f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+
+
 @contextmanager
 def evaluating(model: nn.Module):
     """Inside, without dropout; afterwards every module trains on if it did before."""
@@ -202,6 +207,8 @@ class UnifiedTransformer(nn.Module):
 
     def __init__(self, config: ModelConfig, plan: Plan | None = None):
         super().__init__()
+        if plan is not None and not isinstance(plan, Plan):
+            raise ValueError(f"plan must be a Plan or None (dense), got a {type(plan).__name__}: Plan({{task: keeps}})")
         if plan is not None and plan.n_layer != config.n_layer:
             raise ValueError(f"the plan has {plan.n_layer} layers, the model {config.n_layer}: make one for this model")
         plan = plan or Plan.dense(config.n_layer, TASKS)
@@ -359,19 +366,18 @@ class UnifiedTransformer(nn.Module):
         if routing not in ("topk", "predicted", "causal"):
             raise ValueError(f'routing must be "topk", "predicted" or "causal", got {routing!r}')
         if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.numel() == 0 or ids.dtype != torch.long:
-            given = f"{tuple(ids.shape)} {ids.dtype}" if isinstance(ids, Tensor) else f"a {type(ids).__name__}"
-            raise ValueError(f"ids must be (B, T) long with B, T >= 1, got {given}")
+            raise ValueError(f"ids must be (B, T) long with B, T >= 1, got {described(ids)}")
         if cache is not None:
             cache.check(self, ids, task, positions, routing)
         length = ids.shape[1] + (0 if cache is None else cache.length)
         if length > self.config.max_length:
             raise ValueError(f"{length} tokens, but max_length is {self.config.max_length}: shorten the sequence or "
                              "raise max_length in the config")
-        for name, tensor in (("positions", positions), ("spans", spans), ("valid", valid)):
-            if tensor is not None and tensor.shape != ids.shape:
-                raise ValueError(f"{name} must have the shape of ids {tuple(ids.shape)}, got {tuple(tensor.shape)}")
-        if valid is not None and valid.dtype != torch.bool:
-            raise ValueError(f"valid must be bool, got {valid.dtype}: pass mask != 0")
+        whole = (torch.long, torch.int)
+        for name, tensor, dtypes in (("positions", positions, whole), ("spans", spans, whole), ("valid", valid, [torch.bool])):
+            if tensor is not None and not (isinstance(tensor, Tensor) and tensor.shape == ids.shape
+                                           and tensor.dtype in dtypes):
+                raise ValueError(f"{name} must be {dtypes[0]} of the shape of ids, {tuple(ids.shape)}, got {described(tensor)}")
         if ids.device.type == "cpu" and not torch.compiler.is_compiling():
             low, high = int(ids.min()), int(ids.max())
             if low < 0 or high >= self.config.vocab_size:

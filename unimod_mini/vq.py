@@ -23,6 +23,7 @@ from .files import whole_file
 
 COMMITMENT, ENTROPY, PEAK_RATE = 0.25, 0.1, 6e-3  # two loss weights (L1 has 1), learning rate
 FADE, DEAD = 0.1, 0.03  # rate of the running share of a code; below DEAD / C the code restarts
+DISTANCES = 2**24  # numbers at a time: 64 MB
 SAVE_EVERY = 200  # steps between two states of a training that can be stopped
 
 
@@ -111,8 +112,10 @@ class VQ(nn.Module):
         """The code of each latent, float (..., D) -> long (...)."""
         if self.quantizer == "lfq":  # c = sum_i [z_i > 0] 2^i
             return ((z > 0) * 2 ** torch.arange(self.dim, device=z.device)).sum(-1)
-        # c = argmin |z - e_c|^2 = argmin |e_c|^2 - 2 z . e_c
-        return (self.codebook.square().sum(-1) - 2 * z @ self.codebook.T).argmin(-1)
+        # c = argmin |z - e_c|^2 = argmin |e_c|^2 - 2 z . e_c, for some latents at a time
+        square, step = self.codebook.square().sum(-1), max(1, DISTANCES // self.n_codes)
+        return torch.cat([(square - 2 * part @ self.codebook.T).argmin(-1)
+                          for part in z.flatten(0, -2).split(step)]).view(z.shape[:-1])
 
     def quantize(self, latents: Tensor) -> Quantized:
         """Snap float latents (B, D, h, w) to their codes, differentiably."""
