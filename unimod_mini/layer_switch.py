@@ -10,7 +10,7 @@ sequence length it is rho in (0, 1]. High: little redundancy. Low: prune here. T
 So ARank decides which layers become which kind and, as in the paper, ARank over length is the keep ratio. Comparing a
 layer with its own task's mean keeps one task from paying for all. Should even rho everywhere cost too much, every keep
 is scaled down together. One number u moves through all of it, and bisection finds the largest plan within the budget.
-Departure: a first layer that is less redundant than all the others stays dense, and they are scaled down instead.
+Departure: a task's first layer that is less redundant than all its others stays dense; they are scaled down instead.
 Plans that routed the first layer lost most of their accuracy (docs/results.md).
 
 What counts as rank: with "energy" (the default) the number of singular values that hold 90 % of sum s^2; with "rank"

@@ -208,7 +208,8 @@ def select_topk(scores: Tensor, keep: float, valid: Tensor | None = None, order:
     """The k_b best tokens of every row: (indices (B, K), live (B, K) or None, selected (B, T)).
 
     Exactly k_b a row, whatever the ties; padding is never selected. scores: (B, T), any float dtype. coming: tokens
-    that the finished rows will have behind these: k_b counts them, so that what they will keep is kept already.
+    that the finished rows will have behind these: k_b counts them, so that what they will keep is kept already, as long
+    as no score changes.
     """
     batch, length = scores.shape
     order = tie_order(batch, length, valid, scores.device) if order is None else order
