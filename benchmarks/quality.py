@@ -15,6 +15,7 @@ and pairs of picture and question that occur there, and on those that do not.
 import argparse
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -49,19 +50,25 @@ def paired(first: list, second: list) -> dict:
             "standard_error": 100 * (variance / n) ** 0.5, "alike": sum(d == 0 for d in differences) / n}
 
 
+def load_toy(path: str, device) -> tuple:
+    """(model, tokenizer, how it draws) of a checkpoint that knows the toy world."""
+    model, stored = load_checkpoint(path, device)
+    tokenizer = Tokenizer.from_state(stored["tokenizer"])
+    if not set(World().words) <= set(tokenizer.text.words):
+        sys.exit(f"error: {path} does not know the words of the toy world: it was trained on other pictures")
+    return model, tokenizer, stored["drawing"]
+
+
 def compare(path: str, scenes: int, seed: int, labels: bool, device) -> dict:
     """{"t2i": .., "mmu": .., "t2i held out": .., "mmu held out": ..} of one checkpoint."""
-    model, stored = load_checkpoint(path, device)
+    (model, tokenizer, drawing), world, out = load_toy(path, device), World(), {}
     pair = ((model, "causal"), (relabelled(model), "causal")) if labels else ((model, "topk"), (model, "causal"))
-    tokenizer, world, out = Tokenizer.from_state(stored["tokenizer"]), World(), {}
-    if not set(world.words) <= set(tokenizer.text.words):
-        sys.exit(f"error: {path} does not know the words of the toy world: it was trained on other pictures")
     for held_out in (False, True):
         rng = Random(f"quality {seed}")
         prompts, _ = world.sample_t2i(scenes, rng, held_out)
         questions, codes = world.sample_mmu(scenes, rng, held_out)
         with tqdm(total=4 * scenes, desc=path, unit="scene", mininterval=1.0) as bar, precision(device):
-            drawn = [draw_and_judge(which, tokenizer, world, prompts, bar, routing=rule, **stored["drawing"])
+            drawn = [draw_and_judge(which, tokenizer, world, prompts, bar, routing=rule, **drawing)
                      for which, rule in pair]
             answered = [ask_and_judge(which, tokenizer, questions, codes, bar, routing=rule) for which, rule in pair]
         for task, rows in (("t2i", drawn), ("mmu", answered)):
@@ -90,10 +97,10 @@ class Recorder(World):
         return dialogues, codes
 
 
-def training_data(tokenizer: Tokenizer, seed: int, steps: int | None = None) -> Recorder:
-    """What `train_toy.py --seed` has trained on, both phases; steps: its --steps."""
+def training_data(tokenizer: Tokenizer, seed: int) -> Recorder:
+    """What `train_toy.py --seed` trains on, both phases."""
     setting, world = toy.SETTINGS[tokenizer.backbone], Recorder()
-    sampler, steps = toy.Sampler(world, tokenizer, seed, setting["t2i"], setting["mmu"]), steps or setting["steps"]
+    sampler, steps = toy.Sampler(world, tokenizer, seed, setting["t2i"], setting["mmu"]), setting["steps"]
     for step in tqdm(range(steps + max(1, steps // 2)), desc="training data", unit="step", mininterval=1.0):
         if step == steps:                                  # ARank's samples, between the phases: nothing learns from them
             sampler.world = World()
@@ -104,14 +111,13 @@ def training_data(tokenizer: Tokenizer, seed: int, steps: int | None = None) -> 
 
 
 def novelty(path: str, scenes: int, seed: int, trained_with: int, device) -> dict:
-    """{what: {"in training": (scenes, accuracy), "not": ..}} of one checkpoint with causal routing."""
-    model, stored = load_checkpoint(path, device)
-    tokenizer, rng = Tokenizer.from_state(stored["tokenizer"]), Random(f"quality {seed}")
+    """{what: {"in training": {"scenes": .., "accuracy": ..}, "not": ..}} of one checkpoint with causal routing."""
+    (model, tokenizer, drawing), rng = load_toy(path, device), Random(f"quality {seed}")
     world = training_data(tokenizer, trained_with)
     prompts, _ = world.sample_t2i(scenes, rng)
     questions, codes = world.sample_mmu(scenes, rng)
     with tqdm(total=2 * scenes, desc=path, unit="scene", mininterval=1.0) as bar, precision(device):
-        drawn = draw_and_judge(model, tokenizer, world, prompts, bar, **stored["drawing"])
+        drawn = draw_and_judge(model, tokenizer, world, prompts, bar, **drawing)
         answered = ask_and_judge(model, tokenizer, questions, codes, bar)
     pictures = list(map(tuple, codes.flatten(1).tolist()))
     seen = {"t2i: caption": (drawn, [prompt.text in world.captions for prompt in prompts]),
@@ -133,8 +139,8 @@ def show_novelty(found: dict) -> None:
             for name, part in parts.items()))
 
 
-def show_pairs(found: dict, first: str, second: str) -> None:
-    print(f"{'':<14}{'scenes':>8}{first:>9}{second:>9}{'points':>9}{'s.e.':>7}{'alike':>8}")
+def show_pairs(found: dict, names: tuple) -> None:
+    print(f"{'':<14}{'scenes':>8}{names[0]:>9}{names[1]:>9}{'points':>9}{'s.e.':>7}{'alike':>8}")
     for task, row in found.items():
         print(f"{task:<14}{row['scenes']:>8}{row['first']:>9.1%}{row['second']:>9.1%}{row['points']:>+9.2f}"
               f"{row['standard_error']:>7.2f}{row['alike']:>8.1%}")
@@ -149,20 +155,18 @@ def main() -> None:
     parser.add_argument("--trained-with", type=int, metavar="SEED", help="what occurred in that run's training data")
     parser.add_argument("--out", help="write the figures as JSON to this file")
     args = parser.parse_args()
-    device, results = find_device(), {}
+    device = find_device()
     if lost := [path for path in args.checkpoints if not Path(path).is_file()]:          # before hours of the others
         parser.error(f"{', '.join(lost)}: no such file")
-    for path in args.checkpoints:
-        if args.trained_with is None:
-            results[path] = compare(path, args.scenes, args.seed, args.labels, device)
-        else:
-            results[path] = novelty(path, args.scenes, args.seed, args.trained_with, device)
+    if args.trained_with is None:
+        results = {path: compare(path, args.scenes, args.seed, args.labels, device) for path in args.checkpoints}
+        show = partial(show_pairs, names=("right", "wrong") if args.labels else ("top-k", "causal"))
+    else:
+        results = {path: novelty(path, args.scenes, args.seed, args.trained_with, device) for path in args.checkpoints}
+        show = show_novelty
     for path, found in results.items():
         print(f"\n{path}")
-        if args.trained_with is None:
-            show_pairs(found, *(("right", "wrong") if args.labels else ("top-k", "causal")))
-        else:
-            show_novelty(found)
+        show(found)
     if args.out:
         write_json(args.out, results)
 

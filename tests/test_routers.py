@@ -429,6 +429,15 @@ def test_the_router_can_decide_by_itself():
         tiny("emu3", membership="threshold")
 
 
+def test_predictor_loss_is_float32():
+    """Logits that autocast has made bf16 are summed in float32: the mean over many tokens keeps its digits."""
+    router, x = TaskRouter(8, 4, ("t2i",)), torch.randn(4, 600, 8, generator=torch.Generator().manual_seed(0))
+    routing = router(x, "t2i", 0.5, context(None, 600, 4), "topk")
+    half = routing._replace(predictor=routing.predictor.bfloat16())
+    loss, whole = predictor_loss([half], None), predictor_loss([half._replace(predictor=half.predictor.float())], None)
+    assert loss.dtype == torch.float32 and torch.equal(loss, whole)
+
+
 def test_predictor_loss_of_padding_only():
     """A batch without a valid token has loss 0, not NaN."""
     valid = torch.zeros(1, 3, dtype=torch.bool)

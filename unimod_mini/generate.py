@@ -89,8 +89,8 @@ def sample(logits: Tensor, temperature: float, generator: torch.Generator | None
     """
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float()
-    p, ids = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1).cpu().sort(dim=-1, descending=True)       # (B, V)
+    below = logits.float() - logits.float().amax(-1, keepdim=True)           # first: over 1e-39 all would be infinite
+    p, ids = (below / temperature).softmax(-1).cpu().sort(dim=-1, descending=True)                # (B, V)
     before = p.cumsum(-1) - p                              # probability of the likelier ids
     drop = (before >= top_p) | (torch.arange(p.shape[-1]) >= (top_k or p.shape[-1]))
     drop[:, 0] = False
@@ -336,7 +336,8 @@ def run(args) -> None:
         if args.prompt is not None:
             given = {"temperature": args.temperature, "guidance": args.guidance, "steps": args.steps}
             options = stored.get("drawing", {}) | {name: x for name, x in given.items() if x is not None}
-            drawn = generate_codes(model, tokenizer, [args.prompt], args.routing, seed=args.seed, top_k=args.top_k, **options)
+            drawn = generate_codes(model, tokenizer, [args.prompt], args.routing, seed=args.seed, top_k=args.top_k,
+                                   **options)
             image = tokenizer.image.decode(drawn)[0]
             if codes:
                 print(write_codes(image, f"{args.out[:-4]}.npy"))
