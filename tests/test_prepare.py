@@ -473,6 +473,19 @@ def test_the_training_of_a_codec_goes_on(tmp_path, monkeypatch):
     assert not (tmp_path / "twice" / "work" / "training.pt").exists()
 
 
+def test_large_pictures_are_fewer(tmp_path, monkeypatch):
+    """The codec is trained on as many pictures as fit into the bytes that are allowed, one at least."""
+    given, real = [], prepare.train_vq
+    monkeypatch.setattr(prepare, "train_vq", lambda images, *rest, **options: given.append(len(images)) or real(
+        images, *rest, **options))
+    photos = folder_of(tmp_path / "photos")
+    for limit in (10**6, 5 * 8 * 8 * 3, 1):
+        monkeypatch.setattr(prepare, "FIT_BYTES", limit)
+        run(photos, tmp_path / f"out{limit}", "--size", 8, "--image", "vq", "--codes", 4, "--width", 4, "--vq-steps", 1,
+            "--held", 0, "--workers", 1)
+    assert given == [12, 5, 1]
+
+
 def test_a_palette_is_fitted_on_a_sample(monkeypatch):
     """Of 122,880 patches 50,000 become floats, those that a sample of all patches as floats would hold."""
     images = torch.randint(256, (30, 128, 128, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))

@@ -382,7 +382,7 @@ def nested(config, **fields):
     ({}, "model_type is None, supported: phi"),
     ({k: v for k, v in PHI.items() if k not in ("hidden_size", "vocab_size")}, "no hidden_size, vocab_size"),
     (PHI | {"num_attention_heads": 5}, "n_head=5 must divide d_model=32"),
-    (PHI | {"num_hidden_layers": "three"}, "not supported between instances of 'str' and 'int'"),
+    (PHI | {"num_hidden_layers": "three"}, "sizes must be whole numbers .*'n_layer': 'three'"),
     (SHOWO | {"w_clip_vit": True}, "w_clip_vit is true: .* supported: false"),
     (SHOWO | {"vocab_size": 58499}, "vocab_size is 58499, supported: text, special, codes, mask: 58498"),
     (EMU3 | {"vocabulary_map": {"<|visual token 000000|>": 151854, "<|visual token 000001|>": 151856}},

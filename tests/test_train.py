@@ -193,7 +193,7 @@ def test_a_checkpoint_comes_back_equal(tmp_path):
     back, extra = load_checkpoint(tmp_path / "m.pt")
     batch = sampler()["mmu"]
     assert torch.equal(back(**batch.inputs(), task="mmu").logits, model(**batch.inputs(), task="mmu").logits)
-    assert back.plan == model.plan and extra["note"] == "kept"
+    assert back.plan == model.plan and extra["note"] == "kept" and not back.training
     assert [path.name for path in tmp_path.iterdir()] == ["m.pt"]
     with pytest.raises(ValueError, match="config, plan is stored from the model: take another name"):
         save_checkpoint(tmp_path / "m.pt", model, plan=None, config={})

@@ -49,6 +49,7 @@ from .vq import VQ, measure, train_vq
 QUANTIZERS = {"vq": "nearest", "lfq": "lfq"}
 TRAINED = (*QUANTIZERS, "palette")
 FIT, JUDGE = 20_000, 1000          # pictures that the codec is trained and judged on, at most
+FIT_BYTES = 2**31                  # of them in memory, at most
 BUDGET = {"bytes": 256, "other": 128}    # text budget unless given; Show-o was pretrained with 128
 CAPTION = "Please describe this image."  # what a published model is asked where the words of a caption are the answer
 DEFAULTS = {"patch": 4, "codes": 1024, "width": 48, "vq_steps": 2000, "scenes": 20_000}      # of what not all jobs read
@@ -110,7 +111,7 @@ def make_codec(args, chunks: Chunks, train: list):
 
 def fit_codec(args, chunks: Chunks, train: list, training: Path):
     """A palette, or a VQ of the sizes that the command line names, whose training goes on from `training`."""
-    _, images = some_pictures(chunks, train, FIT, args.seed)
+    _, images = some_pictures(chunks, train, min(FIT, max(1, FIT_BYTES // (3 * args.size**2))), args.seed)
     if args.image == "palette":
         print(f"palette: k-means on {len(images)} pictures")
         return Palette.fit(images, args.codes, args.patch, seed=args.seed)

@@ -248,7 +248,8 @@ def save_checkpoint(path, model: UnifiedTransformer, **extra) -> None:
 
 
 def load_checkpoint(path, device="cpu") -> tuple[UnifiedTransformer, dict]:
-    """What save_checkpoint wrote -> (model, everything else). ValueError names the file when it is something else."""
+    """What save_checkpoint wrote -> (model, everything else), in evaluation mode (model.train() trains on). ValueError
+    names the file when it is something else."""
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -261,4 +262,4 @@ def load_checkpoint(path, device="cpu") -> tuple[UnifiedTransformer, dict]:
         model.load_state_dict(stored.pop("model"), assign=True)
     except Exception as error:
         raise ValueError(f"{path} is not a checkpoint of unimod_mini: {error}") from error
-    return model.to(device), stored
+    return model.to(device).eval(), stored

@@ -373,11 +373,11 @@ class UnifiedTransformer(nn.Module):
         if length > self.config.max_length:
             raise ValueError(f"{length} tokens, but max_length is {self.config.max_length}: shorten the sequence or "
                              "raise max_length in the config")
-        whole = (torch.long, torch.int)
-        for name, tensor, dtypes in (("positions", positions, whole), ("spans", spans, whole), ("valid", valid, [torch.bool])):
-            if tensor is not None and not (isinstance(tensor, Tensor) and tensor.shape == ids.shape
-                                           and tensor.dtype in dtypes):
-                raise ValueError(f"{name} must be {dtypes[0]} of the shape of ids, {tuple(ids.shape)}, got {described(tensor)}")
+        for name, tensor, kind in (("positions", positions, "long"), ("spans", spans, "long"), ("valid", valid, "bool")):
+            fits = tensor is None or isinstance(tensor, Tensor) and tensor.shape == ids.shape and (
+                tensor.dtype == torch.bool) == (kind == "bool") and not tensor.is_floating_point()   # any integers
+            if not fits:
+                raise ValueError(f"{name} must be {kind}, of the shape of ids {tuple(ids.shape)}, got {described(tensor)}")
         if ids.device.type == "cpu" and not torch.compiler.is_compiling():
             low, high = int(ids.min()), int(ids.max())
             if low < 0 or high >= self.config.vocab_size:
