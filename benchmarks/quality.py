@@ -155,6 +155,8 @@ def main() -> None:
     parser.add_argument("--trained-with", type=int, metavar="SEED", help="what occurred in that run's training data")
     parser.add_argument("--out", help="write the figures as JSON to this file")
     args = parser.parse_args()
+    if args.labels and args.trained_with is not None:
+        parser.error("--labels and --trained-with are two comparisons: give one of them")
     device = find_device()
     if lost := [path for path in args.checkpoints if not Path(path).is_file()]:          # before hours of the others
         parser.error(f"{', '.join(lost)}: no such file")

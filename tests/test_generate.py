@@ -361,9 +361,9 @@ def test_the_likeliest_code_alone(backbone):
 
 
 def test_a_temperature_next_to_nothing():
-    """Logits over 1e-39 are infinite: what is drawn is the likeliest id all the same."""
+    """Logits over 1e-39 are infinite, 1e-60 is 0 in float32: what is drawn is the likeliest id all the same."""
     logits = torch.tensor([[1.0, 3.0, 2.0]])
-    assert sample(logits, 1e-39, torch.Generator().manual_seed(0)).tolist() == [1]
+    assert [sample(logits, t, torch.Generator().manual_seed(0)).tolist() for t in (1e-39, 1e-60)] == [[1], [1]]
 
 
 @both

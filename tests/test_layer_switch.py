@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from unimod_mini.config import ModelConfig
@@ -250,6 +250,7 @@ def test_a_low_budget_scales_all_keeps():
 
 
 @given(tables(), st.floats(0.02, 0.99))
+@example({"t2i": [1.0] * 8, "mmu": [1.0, 1.0, *[0.04] * 6]}, 0.2)            # mmu's layer 1 stands above t2i's first
 def test_a_first_layer_that_stands_out_stays_dense_while_the_others_can_pay(table, budget):
     """With the highest rank of its task, whatever the other's are, it is touched only when nothing else is left."""
     config = CONFIG["emu3"]

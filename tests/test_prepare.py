@@ -299,13 +299,13 @@ def test_names_that_are_no_utf8(tmp_path):
 
 
 def test_a_csv_that_breaks_off(tmp_path):
-    """A field that is too long for a table ends it; what was before is kept."""
+    """A field that is too long for a table loses its row; what is before and behind is kept."""
     photos = folder_of(tmp_path / "photos", csv=True)
     with open(photos / "captions.csv", "a") as file:
         file.write("x" * 140_000 + ",1.png,x\nlater,2.png,x\n")
-    *entries, last = read_source(photos)
-    assert len(entries) == 12 and isinstance(last, Skipped) and last.key == "captions.csv, line 14"
-    assert last.why.startswith("the rest of it cannot be read (field larger than")
+    *entries, broken, later = read_source(photos)
+    assert len(entries) == 12 and isinstance(broken, Skipped) and broken.key == "captions.csv, line 14"
+    assert broken.why.startswith("cannot be read (field larger than") and later.texts[0] == ("t2i", "later", "")
 
 
 def test_a_damaged_tar_says_so_wherever_it_breaks(tmp_path):
@@ -326,17 +326,19 @@ def test_a_damaged_tar_says_so_wherever_it_breaks(tmp_path):
 
 
 def test_a_table_with_captions_that_would_be_wrong(tmp_path):
-    """A comma outside of quotes and a table that is not UTF-8 lose that row, a quote that is never closed the rest: none
-    of them becomes a shorter, a garbled or a longer caption."""
+    """A comma outside of quotes, a text that is not UTF-8 and an odd quote lose their row, a quote that is never closed
+    the rest: none of them becomes a shorter, a garbled or a longer caption. Commas at the end are no caption's."""
     photos = folder_of(tmp_path / "photos", csv=True)
-    rows = ["file_name,text", "0.png,a cat, sleeping", "1.png,un caf\xe9", '2.png,"two, quoted"', '3.png,"open', "4.png,four"]
+    rows = ["file_name,text", "0.png,a cat, sleeping", "1.png,un caf\xe9", '5.png,"a cat" ', '2.png,"two, quoted",,',
+            '3.png,"open', "4.png,four"]
     (photos / "captions.csv").write_bytes("\n".join(rows).encode("latin-1"))
-    comma, latin, item, rest = read_source(photos)
+    comma, latin, odd, item, rest = read_source(photos)
+    assert odd == ("captions.csv, line 4", "cannot be read (',' expected after '\"')")
     assert comma == ("captions.csv, line 2", "more columns than the first line names, from ' sleeping' on: a text with commas "
                      "needs quotes")
     assert latin == ("captions.csv, line 3", r"not UTF-8: 'un caf\udce9'; save the table as UTF-8")
     assert item.texts[0] == ("t2i", "two, quoted", "")
-    assert isinstance(rest, Skipped) and rest.why == "the rest of it cannot be read (unexpected end of data)"
+    assert isinstance(rest, Skipped) and rest.why == "cannot be read (unexpected end of data)"
 
 
 def test_a_caption_is_the_same_in_every_format(tmp_path):

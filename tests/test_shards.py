@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unimod_mini import VQ, ByteText, Palette, Tokenizer, WordText
-from unimod_mini.shards import HEADER, Loader, Sample, Shards, shuffled, tokenizer_hash, write_shards
+from unimod_mini.codec import Codes
+from unimod_mini.shards import HEADER, Loader, Sample, Shards, layout, shuffled, tokenizer_hash, write_shards
 
 WORDS = "a b c d 2*3 USER: ASSISTANT:".split()
 seeds = st.integers(0, 2**32)
@@ -155,6 +156,13 @@ def flip(path, place):
     data = bytearray(path.read_bytes())
     data[place] ^= 1
     path.write_bytes(data)
+
+
+def test_a_text_longer_than_two_bytes_can_count():
+    """The length of a text is one of the numbers of a record: a budget above 65,535 needs four bytes, as an id would."""
+    for budget, dtype in ((2**16 - 4, "<u2"), (70_000, "<u4")):
+        tokenizer = Tokenizer("showo", ByteText(), Codes(16), (2, 2), budget)
+        assert layout(tokenizer, "t2i")["dtype"] == dtype
 
 
 @pytest.mark.parametrize("damage, message", [

@@ -3,6 +3,7 @@ import itertools
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -532,12 +533,12 @@ IDS = torch.zeros(2, 5, dtype=torch.long)
     (dict(ids=IDS[:, :0]), r"with B, T >= 1, got \(2, 0\)"),
     (dict(ids=IDS[:0]), r"with B, T >= 1, got \(0, 5\)"),
     (dict(ids=IDS.repeat(1, 13)), "65 tokens, but max_length is 64: shorten the sequence or raise max_length"),
-    (dict(positions=IDS[:, :4]), r"positions must be long, of the shape of ids \(2, 5\), got \(2, 4\)"),
-    (dict(positions=[0, 1]), "positions must be long, of the shape of ids .* got a list"),
-    (dict(spans=IDS[:1]), r"spans must be long, of the shape of ids \(2, 5\), got \(1, 5\)"),
-    (dict(spans=IDS.float()), r"spans must be long, .* got \(2, 5\) torch.float32"),
-    (dict(valid=IDS[0].bool()), r"valid must be bool, of the shape of ids \(2, 5\), got \(5,\)"),
-    (dict(valid=IDS), r"valid must be bool, of the shape of ids \(2, 5\), got \(2, 5\) torch.int64"),
+    (dict(positions=IDS[:, :4]), r"positions must be integers of the shape of ids \(2, 5\), got \(2, 4\)"),
+    (dict(positions=[0, 1]), "positions must be integers of the shape of ids .* got a list"),
+    (dict(spans=IDS[:1]), r"spans must be integers of the shape of ids \(2, 5\), got \(1, 5\)"),
+    (dict(spans=IDS.float()), r"spans must be integers .* got \(2, 5\) torch.float32"),
+    (dict(valid=IDS[0].bool()), r"valid must be bool .* of the shape of ids \(2, 5\), got \(5,\)"),
+    (dict(valid=IDS), r"valid must be bool .* of the shape of ids \(2, 5\), got \(2, 5\) torch.int64"),
     (dict(ids=IDS - 1), r"ids lie in \[-1, -1\], the vocabulary is \[0, 30\)"),
     (dict(ids=IDS + 30), r"ids lie in \[30, 30\], the vocabulary is \[0, 30\)"),
 ])
@@ -555,6 +556,12 @@ def test_the_cache_counts_towards_max_length():
     model(IDS, cache=cache, routing="causal")
     with pytest.raises(ValueError, match="10 tokens, but max_length is 7"):
         model(IDS, cache=cache, routing="causal")
+
+
+def test_sizes_from_numpy_are_plain():
+    """numpy's integers become Python's, so that a checkpoint of such a model can be read."""
+    config = tiny("emu3", n_layer=np.int64(3), vocab_size=np.int32(40))
+    assert config == tiny("emu3", n_layer=3, vocab_size=40) and type(config.n_layer) is type(config.vocab_size) is int
 
 
 def test_plan_of_another_depth():

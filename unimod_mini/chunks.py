@@ -98,7 +98,7 @@ class Chunks:
         for record in self.records():
             entry = next(entries, None)
             there = getattr(entry, "texts", [])
-            lost = any(tuple(text) not in there for text in record.get("texts", ()))
+            lost = any(tuple(map(str.strip, text)) not in there for text in record.get("texts", ()))
             if entry is None or entry.key != record["key"] or lost:
                 now = "its end" if entry is None else "another text" if entry.key == record["key"] else entry.key
                 raise ValueError(f"the source changed since {self.folder.parent} was begun, {record['key']} is now "

@@ -5,6 +5,7 @@ baaivision/Emu3 (emu3/mllm/configuration_emu3.py).
 """
 
 import math
+import operator
 from dataclasses import dataclass
 
 from .routers import GATES, MEMBERSHIP_WEIGHT
@@ -40,6 +41,9 @@ class ModelConfig:
                              f"{self.membership!r}")
         least = dict.fromkeys(("n_layer", "n_head", "n_kv_head", "d_model", "d_ff", "vocab_size", "max_length"), 1)
         least |= dict.fromkeys(("image_start", "image_positions", "predictor_width"), 0)
+        for name in least:                                 # numpy's integers, say, become Python's
+            if hasattr(getattr(self, name), "__index__"):
+                object.__setattr__(self, name, operator.index(getattr(self, name)))
         if bad := {name: getattr(self, name) for name, low in least.items()
                    if not isinstance(getattr(self, name), int) or getattr(self, name) < low}:
             raise ValueError("ModelConfig: sizes must be whole numbers of at least 1 (image_start, image_positions and "

@@ -130,7 +130,7 @@ def open_picture(path, name=None, size=None):
                 raise ValueError(f"mode {file.mode}; save it with 8 bits a channel, as RGB")
             if size and file.format == "JPEG" and file.mode == "RGB":
                 draft(file, size)
-            file.load(), file.getexif()
+            file.getexif()
             for block in ("exif", "Raw profile type exif"):  # read already; writing it anew may fail at any odd entry
                 file.info.pop(block, None)
             ImageOps.exif_transpose(file, in_place=True)  # upright, as a viewer shows it

@@ -89,8 +89,8 @@ def sample(logits: Tensor, temperature: float, generator: torch.Generator | None
     """
     if temperature == 0:
         return logits.argmax(-1)
-    below = logits.float() - logits.float().amax(-1, keepdim=True)           # first: over 1e-39 all would be infinite
-    p, ids = (below / temperature).softmax(-1).cpu().sort(dim=-1, descending=True)                # (B, V)
+    below = logits.float() - logits.float().amax(-1, keepdim=True)           # first: over 1e-30 all would be infinite
+    p, ids = (below / max(temperature, 1e-30)).softmax(-1).cpu().sort(dim=-1, descending=True)                # (B, V)
     before = p.cumsum(-1) - p                              # probability of the likelier ids
     drop = (before >= top_p) | (torch.arange(p.shape[-1]) >= (top_k or p.shape[-1]))
     drop[:, 0] = False
@@ -334,10 +334,11 @@ def run(args) -> None:
         raise ValueError(f"--steps {args.steps}: {args.checkpoint} draws token by token, leave it out")
     with precision(device):
         if args.prompt is not None:
-            given = {"temperature": args.temperature, "guidance": args.guidance, "steps": args.steps}
+            given = {"temperature": args.temperature, "guidance": args.guidance, "steps": args.steps, "top_k": args.top_k}
             options = stored.get("drawing", {}) | {name: x for name, x in given.items() if x is not None}
-            drawn = generate_codes(model, tokenizer, [args.prompt], args.routing, seed=args.seed, top_k=args.top_k,
-                                   **options)
+            if args.top_k is not None and not options.get("temperature", 1.0):
+                raise ValueError("--top-k: this checkpoint draws at temperature 0, give a --temperature above 0 as well")
+            drawn = generate_codes(model, tokenizer, [args.prompt], args.routing, seed=args.seed, **options)
             image = tokenizer.image.decode(drawn)[0]
             if codes:
                 print(write_codes(image, f"{args.out[:-4]}.npy"))

@@ -101,9 +101,11 @@ def image_folder(folder: Path):
 
 def csv_row(row: dict, folder: Path, where: str):
     """check_row, and ValueError for what a table has that no JSON has."""
-    if None in row:
-        raise ValueError(f"more columns than the first line names, from {cut(repr(row[None][0]))} on: a text with commas "
-                         "needs quotes")
+    if isinstance(row, csv.Error):
+        raise ValueError(f"cannot be read ({row})")
+    if more := ",".join(row.get(None, ())).rstrip(","):                      # commas alone are empty columns
+        raise ValueError(f"more columns than the first line names, from {cut(repr(more))} on: a text with commas needs "
+                         "quotes")
     path, text = check_row(row, folder, where)
     if any("\udc80" <= letter <= "\udcff" for letter in text):              # surrogateescape
         raise ValueError(f"not UTF-8: {cut(ascii(text))}; save the table as UTF-8")
@@ -113,14 +115,27 @@ def csv_row(row: dict, folder: Path, where: str):
 def captions_csv(folder: Path):
     """captions.csv, row by row; ValueError when the columns are not named."""
     with open(folder / "captions.csv", newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        table = csv.DictReader(file, strict=True)          # strict: a quote that nobody closes is an error, not a caption
+        table = csv.DictReader(file, strict=True)          # strict: an odd quote is an error, not a garbled caption
         try:
-            if not {"file_name", "text"} <= set(table.fieldnames or ()):
-                raise ValueError(f"{folder / 'captions.csv'}: the first line must name the columns file_name and text, "
-                                 f"it has {cut(str(table.fieldnames))}")
-            yield from rows_of(((f"captions.csv, line {table.line_num}", row) for row in table), folder, csv_row)
+            names = table.fieldnames
         except csv.Error as error:
-            yield Skipped(f"captions.csv, line {table.line_num + 1}", f"the rest of it cannot be read ({error})")
+            names = error
+        if isinstance(names, csv.Error) or not {"file_name", "text"} <= set(names or ()):
+            raise ValueError(f"{folder / 'captions.csv'}: the first line must name the columns file_name and text, "
+                             f"it has {cut(str(names))}")
+        yield from rows_of(csv_rows(table), folder, csv_row)
+
+
+def csv_rows(table):
+    """(where, row); a row that cannot be read is its csv.Error, and the next line begins anew."""
+    while True:
+        try:
+            row = next(table, None)
+        except csv.Error as error:
+            row = error
+        if row is None:
+            return
+        yield f"captions.csv, line {table.reader.line_num}", row
 
 
 def webdataset(tar: Path, codes: bool = False):
@@ -131,8 +146,10 @@ def webdataset(tar: Path, codes: bool = False):
                 parts = {suffix: part for _, suffix, part in group}
                 yield tar_sample(tar, archive, "/".join((tar.name, *filter(None, key))), parts, codes)
             archive.fileobj.seek(archive.offset)           # tarfile takes a damaged header for the end
-            if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError(f"neither a file nor the end mark at byte {archive.offset}: damaged or cut short")
+            end = archive.fileobj.read(tarfile.BLOCKSIZE)
+            if end != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"byte {archive.offset} is damaged" if end else "there is no end mark: perhaps it is "
+                                        "cut short")
     except (tarfile.TarError, OSError, EOFError) as error:
         yield Skipped(tar.name, f"the rest of it cannot be read ({error}); expected a tar without compression")
 

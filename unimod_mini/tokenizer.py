@@ -11,6 +11,7 @@ cross-entropy serves both.
 Legend: B batch, T tokens, S text budget, N image tokens, h and w rows and columns of image codes.
 """
 
+import operator
 from typing import NamedTuple
 
 import torch
@@ -69,11 +70,15 @@ class Tokenizer:
             raise ValueError(f"Tokenizer: backbone must be showo or emu3, got {backbone!r}")
         if getattr(text, "backbone", backbone) != backbone:
             raise ValueError(f"Tokenizer: the text tokenizer is that of {text.backbone}, not of {backbone}")
-        if len(grid) != 2 or not all(isinstance(n, int) and n > 0 for n in (*grid, text_length)):
+        try:
+            h, w, length = map(operator.index, (*grid, text_length))
+        except (TypeError, ValueError):
+            h = w = length = 0
+        if min(h, w, length) < 1:
             raise ValueError(f"Tokenizer: grid must be (rows, columns) and text_length a length, all whole numbers of at "
                              f"least 1, got {grid}, {text_length}")
-        self.backbone, self.text, self.image, self.grid = backbone, text, image, tuple(grid)
-        self.text_length, self.system, self.assistant = text_length, system, assistant
+        self.backbone, self.text, self.image, self.grid, self.text_length = backbone, text, image, (h, w), length
+        self.system, self.assistant = system, assistant
         names = (("sot", "eot") if backbone == "showo" else ()) + SPECIAL[backbone]
         own = getattr(text, "special", {})                                   # the others follow behind the text
         new = [name for name in names if name not in own]

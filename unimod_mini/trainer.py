@@ -239,8 +239,8 @@ def predictor_report(model: UnifiedTransformer, batches: dict) -> dict:
 
 def save_checkpoint(path, model: UnifiedTransformer, **extra) -> None:
     """Weights, config, plan and plain `extra` data, readable with weights_only=True; written, then renamed.
-    ValueError for extra data under one of these three names."""
-    if taken := {"model", "config", "plan"} & set(extra):
+    ValueError for extra data called config or plan."""
+    if taken := {"config", "plan"} & set(extra):
         raise ValueError(f"save_checkpoint: {', '.join(sorted(taken))} is stored from the model: take another name")
     stored = {"model": model.state_dict(), "config": asdict(model.config), "plan": asdict(model.plan), **extra}
     with whole_file(path, "wb") as file:

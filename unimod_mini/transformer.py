@@ -373,11 +373,12 @@ class UnifiedTransformer(nn.Module):
         if length > self.config.max_length:
             raise ValueError(f"{length} tokens, but max_length is {self.config.max_length}: shorten the sequence or "
                              "raise max_length in the config")
-        for name, tensor, kind in (("positions", positions, "long"), ("spans", spans, "long"), ("valid", valid, "bool")):
+        for name, tensor, kind in (("positions", positions, "integers"), ("spans", spans, "integers"),
+                                   ("valid", valid, "bool (pass mask != 0)")):
             fits = tensor is None or isinstance(tensor, Tensor) and tensor.shape == ids.shape and (
-                tensor.dtype == torch.bool) == (kind == "bool") and not tensor.is_floating_point()   # any integers
+                tensor.dtype == torch.bool if name == "valid" else not tensor.is_floating_point())
             if not fits:
-                raise ValueError(f"{name} must be {kind}, of the shape of ids {tuple(ids.shape)}, got {described(tensor)}")
+                raise ValueError(f"{name} must be {kind} of the shape of ids {tuple(ids.shape)}, got {described(tensor)}")
         if ids.device.type == "cpu" and not torch.compiler.is_compiling():
             low, high = int(ids.min()), int(ids.max())
             if low < 0 or high >= self.config.vocab_size:

@@ -115,7 +115,7 @@ class VQ(nn.Module):
         # c = argmin |z - e_c|^2 = argmin |e_c|^2 - 2 z . e_c, for some latents at a time
         square, step = self.codebook.square().sum(-1), max(1, DISTANCES // self.n_codes)
         return torch.cat([(square - 2 * part @ self.codebook.T).argmin(-1)
-                          for part in z.flatten(0, -2).split(step)]).view(z.shape[:-1])
+                          for part in z.reshape(-1, z.shape[-1]).split(step)]).view(z.shape[:-1])
 
     def quantize(self, latents: Tensor) -> Quantized:
         """Snap float latents (B, D, h, w) to their codes, differentiably."""
