@@ -204,6 +204,16 @@ def test_an_odd_entry_does_not_lose_a_turned_photograph(tmp_path, Image):
     assert image[:3].max() < 20 and image[5:].min() > 235
 
 
+@pytest.mark.parametrize("format", ("PNG", "WEBP", "JPEG"))
+def test_a_block_that_is_no_exif_says_nothing(tmp_path, Image, format):
+    """The picture stands as it is stored, in every format."""
+    picture = Image.new("RGB", (64, 64), "white")
+    picture.paste((0, 0, 0), (0, 0, 32, 64))
+    picture.save(tmp_path / "a", format, exif=b"Exif\0\0no TIFF file")
+    image = data.read_image(tmp_path / "a", 8).float()
+    assert image[:, :3].max() < 20 and image[:, 5:].min() > 235
+
+
 @pytest.mark.parametrize("size, decoded", [((1024, 768), (128, 96)), ((1022, 768), (511, 384)), ((1023, 768), None)])
 def test_large_photographs_are_decoded_small(tmp_path, Image, monkeypatch, size, decoded):
     """A JPEG is decoded at 1/8, 1/4 or 1/2 where that divides its sides, within 1 of 255 of the picture in full."""

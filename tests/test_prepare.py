@@ -341,6 +341,21 @@ def test_a_table_with_captions_that_would_be_wrong(tmp_path):
     assert isinstance(rest, Skipped) and rest.why == "cannot be read (unexpected end of data)"
 
 
+def test_brackets_without_end(tmp_path):
+    """JSON that is nested too deeply to be read is one more thing that is listed, in each of the formats."""
+    deep, photos = "[" * 100_000, folder_of(tmp_path / "photos")
+    with open(photos / "metadata.jsonl", "a") as file:
+        file.write(deep + "\n")
+    (tmp_path / "q.jsonl").write_text(deep)
+    tar = tar_of(tmp_path / "a.tar", {"0.png": png(0), "0.json": deep.encode()})
+    for source, count in ((photos, 12), (tmp_path / "q.jsonl", 0), (tar, 0)):
+        *items, last = read_source(source)
+        assert len(items) == count and isinstance(last, Skipped)
+    (tmp_path / "q.json").write_text(deep)
+    with pytest.raises(ValueError, match="q.json is not JSON"):
+        list(read_source(tmp_path / "q.json"))
+
+
 def test_a_caption_is_the_same_in_every_format(tmp_path):
     """Blanks around it and the mark that Windows puts in front of a text file are no part of it."""
     photos = folder_of(tmp_path / "photos", [])

@@ -4,6 +4,7 @@ A data set is a folder of pictures and a `metadata.jsonl`, one JSON object a lin
 imagefolder convention; other keys are ignored): {"file_name": "a/1.jpg", "text": "a sleeping cat"}.
 `python -m unimod_mini.emoji FOLDER` makes one of public emoji art.
 """
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -130,7 +131,8 @@ def open_picture(path, name=None, size=None):
                 raise ValueError(f"mode {file.mode}; save it with 8 bits a channel, as RGB")
             if size and file.format == "JPEG" and file.mode == "RGB":
                 draft(file, size)
-            file.getexif()
+            with contextlib.suppress(Exception):  # a block that cannot be read says nothing
+                file.getexif()
             for block in ("exif", "Raw profile type exif"):  # read already; writing it anew may fail at any odd entry
                 file.info.pop(block, None)
             ImageOps.exif_transpose(file, in_place=True)  # upright, as a viewer shows it
