@@ -383,8 +383,7 @@ def evaluate(run: Run, job: Job, journal: Journal | None) -> dict:
     held["all"] = sum(TASK_WEIGHTS[task] * loss for task, loss in held.items())
     if job.ranks.first:
         journal.write({"step": run.step, **{f"held_{name}": loss for name, loss in held.items()}})
-        routes = any(map(run.model.plan.routed, range(run.model.plan.n_layer)))
-        rule = "held out, top-k (non-causal)  " if routes else "held out  "
+        rule = "held out, top-k (non-causal)  " if run.model.plan.routes else "held out  "
         print(rule + "  ".join(f"{name} {loss:.4f}" for name, loss in held.items()), flush=True)
     return held
 

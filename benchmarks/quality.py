@@ -24,7 +24,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import train_toy as toy  # noqa: E402
 from unimod_mini import Plan, Tokenizer, UnifiedTransformer, World, load_checkpoint  # noqa: E402
-from unimod_mini.evaluate import ask_and_judge, draw_and_judge  # noqa: E402
+from unimod_mini.evaluate import ask_and_judge, draw_and_judge, fresh_scenes  # noqa: E402
 from unimod_mini.files import write_json  # noqa: E402
 from unimod_mini.trainer import find_device, precision  # noqa: E402
 
@@ -64,9 +64,7 @@ def compare(path: str, scenes: int, seed: int, labels: bool, device) -> dict:
     (model, tokenizer, drawing), world, out = load_toy(path, device), World(), {}
     pair = ((model, "causal"), (relabelled(model), "causal")) if labels else ((model, "topk"), (model, "causal"))
     for held_out in (False, True):
-        rng = Random(f"quality {seed}")
-        prompts, _ = world.sample_t2i(scenes, rng, held_out)
-        questions, codes = world.sample_mmu(scenes, rng, held_out)
+        prompts, questions, codes = fresh_scenes(world, scenes, Random(f"quality {seed}"), held_out)
         with tqdm(total=4 * scenes, desc=path, unit="scene", mininterval=1.0) as bar, precision(device):
             drawn = [draw_and_judge(which, tokenizer, world, prompts, bar, routing=rule, **drawing)
                      for which, rule in pair]
@@ -112,10 +110,9 @@ def training_data(tokenizer: Tokenizer, seed: int) -> Recorder:
 
 def novelty(path: str, scenes: int, seed: int, trained_with: int, device) -> dict:
     """{what: {"in training": {"scenes": .., "accuracy": ..}, "not": ..}} of one checkpoint with causal routing."""
-    (model, tokenizer, drawing), rng = load_toy(path, device), Random(f"quality {seed}")
+    model, tokenizer, drawing = load_toy(path, device)
     world = training_data(tokenizer, trained_with)
-    prompts, _ = world.sample_t2i(scenes, rng)
-    questions, codes = world.sample_mmu(scenes, rng)
+    prompts, questions, codes = fresh_scenes(world, scenes, Random(f"quality {seed}"))
     with tqdm(total=2 * scenes, desc=path, unit="scene", mininterval=1.0) as bar, precision(device):
         drawn = draw_and_judge(model, tokenizer, world, prompts, bar, **drawing)
         answered = ask_and_judge(model, tokenizer, questions, codes, bar)

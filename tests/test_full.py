@@ -10,6 +10,7 @@ import time
 import weakref
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -464,6 +465,16 @@ def test_init_takes_a_folder_of_checkpoints_too(data, whole, tmp_path):
         damage(folder, ".metadata")
         with pytest.raises(ValueError, match="is no whole checkpoint: .metadata has"):
             full.begin(full.make_job(full.parse(given), Ranks(0, 1, 0), torch.device("cpu")))
+
+
+@pytest.mark.parametrize("plan, label", [(Plan.dense(2), "held out  t2i"), (Plan.interleaved(2), "held out  t2i"),
+                                         (Plan.mod(2), "held out, top-k (non-causal)  t2i")])
+def test_losses_of_topk_say_that_they_are(capsys, plan, label):
+    """The line of an evaluation is labelled non-causal where a layer chooses among tokens, and nowhere else."""
+    run = SimpleNamespace(step=3, model=SimpleNamespace(plan=plan), evaluate=lambda *held: {"t2i": 1.5})
+    job = SimpleNamespace(held=(), ranks=Ranks(0, 1, 0))
+    assert full.evaluate(run, job, SimpleNamespace(write=lambda row: None)) == {"t2i": 1.5, "all": 1.5}
+    assert capsys.readouterr().out == f"{label} 1.5000  all 1.5000\n"
 
 
 # ---------------------------------------------------------------- steps that are no numbers

@@ -95,11 +95,19 @@ def read_metadata(folder, limit=None):
     return [_parse_line(line, Path(folder), f"{metadata}, line {n}") for n, line in lines]
 
 
+def parse_json(text):
+    """json.loads; a ValueError, too, for what is nested without end."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
+
+
 def _parse_line(line, folder, where):
     """A line of metadata.jsonl (bytes) as (path, caption); `where` begins every error."""
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested without end
+        row = parse_json(line)
+    except ValueError as error:  # not JSON, or not UTF-8
         raise ValueError(f"{where}: not JSON ({error})") from error
     return check_row(row, folder, where)
 

@@ -49,6 +49,12 @@ def by_category(right: list) -> dict:
     return {name: share([r for r in right if r[0] == name]) for name in names}
 
 
+def fresh_scenes(world, n: int, rng: Random, held_out: bool = False) -> tuple:
+    """n prompts, n questions and the codes of their pictures, (n, h, w): what a seed asks of every model."""
+    prompts, _ = world.sample_t2i(n, rng, held_out)
+    return prompts, *world.sample_mmu(n, rng, held_out)
+
+
 def evaluate(model, tokenizer, world, routing: str, n: int, seed: int, drawing: dict, label: str = "") -> dict:
     """n freshly drawn scenes of each task, and n / 3 with a held-out colour-shape pair (composition: both tasks' mean).
 
@@ -58,8 +64,7 @@ def evaluate(model, tokenizer, world, routing: str, n: int, seed: int, drawing: 
     rng, few = Random(f"evaluate {seed}"), n // 3 if world.held_out else 0
     with tqdm(total=2 * (n + few), desc=f"{label:<8}", unit="scene", mininterval=1.0) as progress:
         def both(count: int, held_out: bool) -> tuple[list, list]:
-            prompts, _ = world.sample_t2i(count, rng, held_out)
-            questions, codes = world.sample_mmu(count, rng, held_out)
+            prompts, questions, codes = fresh_scenes(world, count, rng, held_out)
             return (draw_and_judge(model, tokenizer, world, prompts, progress, routing=routing, **drawing),
                     ask_and_judge(model, tokenizer, questions, codes, progress, routing=routing))
 
@@ -75,7 +80,5 @@ def evaluate(model, tokenizer, world, routing: str, n: int, seed: int, drawing: 
 
 def blind_accuracy(world, n: int, seed: int) -> float:
     """Accuracy of answering every question of `evaluate` with its text's most frequent answer, without the picture."""
-    answers, rng = blind_answers(world), Random(f"evaluate {seed}")
-    world.sample_t2i(n, rng)                               # as evaluate does before it asks
-    questions, _ = world.sample_mmu(n, rng)
+    answers, (_, questions, _) = blind_answers(world), fresh_scenes(world, n, Random(f"evaluate {seed}"))
     return round(sum(answers.get(q.text) == q.answer for q in questions) / n, 4)

@@ -77,6 +77,11 @@ class Plan:
         """Tasks that need a router in this layer."""
         return [task for task in self.tasks if 0.0 < self.keep[task][layer] < 1.0]
 
+    @property
+    def routes(self) -> bool:
+        """Does any layer choose among tokens? A plan of whole and skipped layers does not."""
+        return any(map(self.routed, range(self.n_layer)))
+
     def kind(self, layer: int) -> str:
         """The block kind of the paper: dense, T2I-MoD, MMU-MoD .. (one task prunes) or Shared-MoD (several do)."""
         pruned = [task for task in self.tasks if self.keep[task][layer] < 1.0]

@@ -14,7 +14,6 @@ read.
 import csv
 import hashlib
 import io
-import json
 import tarfile
 from itertools import groupby
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .codec import cut
-from .data import METADATA, _parse_line, check_row, read_image
+from .data import METADATA, _parse_line, check_row, parse_json, read_image
 
 DESCRIBE = "describe ?"
 SUFFIXES = {False: ("jpg", "jpeg", "png", "webp", "gif", "bmp"), True: ("npy",)}            # True: codes
@@ -175,8 +174,8 @@ def tar_sample(tar: Path, archive, key: str, parts: dict, codes: bool):
         return Skipped(key, "its .txt is not UTF-8")
     if not text.strip() and "json" in parts:
         try:
-            text = json.loads(read("json")).get("caption") or ""
-        except (ValueError, AttributeError, RecursionError):
+            text = parse_json(read("json")).get("caption") or ""
+        except (ValueError, AttributeError):
             return Skipped(key, "its .json is no JSON object")
         if not isinstance(text, str):
             return Skipped(key, f'the "caption" in its .json must be a text, not {cut(repr(text))}')
@@ -194,8 +193,8 @@ def conversations(path: Path, root: Path):
                     yield conversation(line, root, f"{path.name}, line {number}")
         return
     try:
-        entries = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+        entries = parse_json(path.read_bytes())
+    except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error})") from error
     if not isinstance(entries, list):
         raise ValueError(f"{path} must hold a list of conversations, it holds a {type(entries).__name__}")
@@ -206,10 +205,10 @@ def conversations(path: Path, root: Path):
 def conversation(entry, root: Path, where: str):
     """An entry (or its JSON) -> Item or Skipped: one question and its answer a turn."""
     try:
-        entry = json.loads(entry) if isinstance(entry, bytes) else entry
+        entry = parse_json(entry) if isinstance(entry, bytes) else entry
         picture, _ = check_row({"file_name": entry.get("image"), "text": "-"}, root, where)
         said = [(str(turn["from"]), turn["value"].replace("<image>", "").strip()) for turn in entry["conversations"]]
-    except (ValueError, FileNotFoundError, RecursionError) as error:
+    except (ValueError, FileNotFoundError) as error:
         return Skipped(where, f"{error}".removeprefix(f"{where}: ").replace('"file_name"', '"image"'))
     except (LookupError, TypeError, AttributeError):
         return Skipped(where, 'needs "conversations", a list of {"from": .., "value": text}')

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .codec import ByteText, Codes, HFText, Palette, WordText, check_codes, cut
+from .routers import TASKS
 from .vq import VQ
 
 IGNORE = -100
@@ -279,10 +280,10 @@ class Tokenizer:
         return Batch(ids, None, valid, shift(ids.masked_fill(~valid, IGNORE)))
 
     def length(self, task: str) -> int:
-        """T of a task: S + N + 3 for every task of showo; for emu3 what its layout needs at most. ValueError for a task
-        that is not t2i, mmu or lm."""
-        if task not in ("t2i", "mmu", "lm"):
-            raise ValueError(f"unknown task {task!r}, the tasks are t2i, mmu, lm")
+        """T of a task: S + N + 3 for every task of showo; for emu3 what its layout needs at most. ValueError for an
+        unknown task."""
+        if task not in TASKS:
+            raise ValueError(f"unknown task {task!r}, the tasks are {', '.join(TASKS)}")
         if self.backbone == "showo" or task == "mmu":
             return self.mmu_overhead() + self.text_length
         return self.text_length + 2 + (self.picture_length if task == "t2i" else 0)          # BOS and EOS

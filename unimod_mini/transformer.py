@@ -355,7 +355,7 @@ class UnifiedTransformer(nn.Module):
         dtype = torch.promote_types(self.embed.weight.dtype, torch.float32)
         rope = rotary(positions, self.config.rope_dims, self.config.rope_theta, dtype)
         # a dense model ranks nothing, a cache without spans leaves every decision to predictors
-        ranks = any(map(self.plan.routed, range(self.plan.n_layer))) and (cache is None or spans is not None)
+        ranks = self.plan.routes and (cache is None or spans is not None)
         order = tie_order(*ids.shape, valid, ids.device, before) if ranks else None
         return Context(positions, spans, valid, order, rope, mask, counted, coming)
 
