@@ -51,10 +51,11 @@ RANGES = {**dict.fromkeys(("steps", "accumulate", "warmup", "log_every", "eval_e
                            "save_every", "keep_checkpoints"), (1, math.inf)),
           **dict.fromkeys(("lr", "muon_lr", "clip", "timeout"), (1e-12, 1e12)), "budget": (0.01, 1), "dense": (0, 1),
           "drop": (0, 1), "ema": (0, 0.99999), **dict.fromkeys((*TASKS, "weight_decay"), (0, math.inf))}
-FREE = {"out", "data", "init", "resume", "steps", "parallel", "accumulate", "compile", "activation_checkpointing",
-        "device", "timeout", "log_every", "eval_every", "eval_samples", "sample_every", "save_every",
-        "keep_checkpoints", "lr", "muon_lr", "weight_decay", "warmup", "decay", "clip"}    # what a run may change ..
-UNTIL_SWITCH = {"dense", "method", "budget"}               # .. and what else, before the layer switch
+# what a run may change: these at any time, those before the layer switch
+FREE = {"out", "data", "init", "resume", "steps", "parallel", "accumulate", "compile", "graphs",
+        "activation_checkpointing", "device", "timeout", "log_every", "eval_every", "eval_samples", "sample_every",
+        "save_every", "keep_checkpoints", "lr", "muon_lr", "weight_decay", "warmup", "decay", "clip"}
+UNTIL_SWITCH = {"dense", "method", "budget"}
 SWITCH = {"t2i": 20, "mmu": 50, "lm": 20}                  # samples that ARank is measured on (the paper's numbers)
 DRAWING = {"temperature": 1.0, "guidance": 1.0, "steps": 16}
 SHOWN, CALIBRATION, PATIENCE = 4, 32, 5                    # samples on a sheet; for thresholds; skipped steps in a row
@@ -88,6 +89,7 @@ class Config:
     ema: float = 0.0               # > 0: evaluate, draw and publish an average of the weights with this decay
     parallel: str = "ddp"          # or fsdp: weights, gradients and optimiser are sharded over the processes
     compile: bool = False          # torch.compile
+    graphs: bool = False           # CUDA graphs: forward and backward are one launch each (one process)
     activation_checkpointing: bool = False    # forget what a block computes, do it again in the backward pass
     device: str = ""               # cuda, mps or cpu; found by itself when not given
     timeout: float = 30.0          # minutes that a process waits for the others before it gives up
@@ -109,6 +111,9 @@ class Config:
                                  f"{key} {value}: expected {low} or more")
         if self.preset == "init" and not self.init:
             raise ValueError("--preset init takes the sizes of --init, which is not given")
+        if self.graphs and (self.compile or self.activation_checkpointing or self.accumulate > 1):
+            raise ValueError("--graphs records whole eager steps, in one pass that keeps its activations: leave out "
+                             "--compile, --activation-checkpointing and --accumulate")
         if self.optimizer == "muon" and self.parallel == "fsdp":
             raise ValueError("--optimizer muon needs whole matrices, --parallel fsdp shards them: use adamw, or ddp")
 

@@ -1,8 +1,8 @@
 """How much of the FLOPs that a plan saves becomes time? Whole training steps of dense and UniMoD, in turns.
 
-    python benchmarks/step.py [--quick] [--backbone emu3] [--preset showo-1.3b] [--compile] [--out step.json]
+    python benchmarks/step.py [--quick] [--backbone emu3] [--preset showo-1.3b] [--graphs] [--out step.json]
 
-A step is trainer.train_step: forward, backward, clip, update (torch's fused AdamW, the same for both), on one batch of
+A step is that of trainer.train_step: forward, backward, clip, update (torch's fused AdamW, the same for both), on one batch of
 random ids. CUDA and CPUs that multiply bf16 run bf16 autocast over float32 weights, the others float32. The twins have
 the same weights; UniMoD adds its routers. A Show-o batch has a bidirectional image span, so its attention is masked.
 
@@ -54,6 +54,7 @@ def arguments() -> argparse.ArgumentParser:
     out.add_argument("--task", choices=("t2i", "mmu"), default="t2i")
     out.add_argument("--savings", type=float, nargs="+", default=list(SAVINGS), help="shares of the FLOPs to save")
     out.add_argument("--compile", action="store_true", help="torch.compile both, forward and backward")
+    out.add_argument("--graphs", action="store_true", help="CUDA graphs for both, forward and backward")
     out.add_argument("--device", help="cuda, mps or cpu; found by itself when not given")
     out.add_argument("--seconds", type=float, help=f"at most, for each plan; {SIZES['seconds']:.0f} when not given")
     out.add_argument("--interval", type=float, default=0.1, help="stop when that of the realised share is narrower")
@@ -76,6 +77,8 @@ def parse(argv=None) -> argparse.Namespace:
     for name, value in (QUICK if args.quick else SIZES).items():
         if getattr(args, name) is None and not (args.preset and name in ("width", "layers")):
             setattr(args, name, value)
+    if args.compile and args.graphs:
+        parser.error("--compile and --graphs are not one: choose one of them")
     sizes = [size for size in (args.layers, args.width, args.length, args.batch) if size is not None]
     if min(sizes) < 1 or args.seconds < 0 or args.interval <= 0:
         parser.error("sizes must be at least 1, --seconds at least 0, --interval above 0")
@@ -171,10 +174,11 @@ def costs(config: ModelConfig, plan: Plan | None, name: str, row: dict, peak: fl
 def measure(config: ModelConfig, plans: list, args, length: int, batch: int, device) -> list:
     """One line for each saving: dense and UniMoD in turns."""
     batches = {args.task: make_batch(config, args.task, batch, length, device)}
-    dense, rows = Step(lambda: UnifiedTransformer(config), batches, device, args.compile), []
+    how = {"compiled": args.compile, "graphs": args.graphs}
+    dense, rows = Step(lambda: UnifiedTransformer(config), batches, device, **how), []
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     for saving, plan in zip(args.savings, plans):
-        unimod = Step(lambda: dense.model.with_plan(plan), batches, device, args.compile)
+        unimod = Step(lambda: dense.model.with_plan(plan), batches, device, **how)
         lengths, span = {args.task: length}, {args.task: image_span(config, length)}
         routed = [layer for layer in range(config.n_layer) if plan.keep[args.task][layer] < 1]
         row = {"saving": saving, "task": args.task, "layers": config.n_layer, "length": length, "batch": batch,
@@ -188,7 +192,7 @@ def measure(config: ModelConfig, plans: list, args, length: int, batch: int, dev
         print(line(row), flush=True)
         del unimod                                         # its memory is free before the next one is built
         if args.unrouted:
-            free = Step(lambda: Unrouted(config, plan), batches, device, args.compile)
+            free = Step(lambda: Unrouted(config, plan), batches, device, **how)
             other = row["unrouted"] = race(dense, free, unrouted_saving(config, plan, args.task, length), args.seconds,
                                            args.interval)
             low, high = other["time_saved_interval"]
@@ -249,9 +253,10 @@ def where(args, device) -> dict:
     """What the figures depend on besides the sizes."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     return {"device": device.type, "hardware": name, "torch": torch.__version__, "preset": args.preset,
-            "dtype": precision_name(device), "compile": args.compile,
+            "dtype": precision_name(device), "compile": args.compile, "graphs": args.graphs,
             "optimizer": "AdamW, fused", "interval": args.interval, "seconds": args.seconds,
-            "memory": "peak, measured" if device.type == "cuda" else "activations of a batch, closed form, float32"}
+            "memory": ("peak, measured" if device.type == "cuda" and not args.graphs else
+                       "activations of a batch, closed form, float32")}
 
 
 def main(argv=None) -> dict:
@@ -262,7 +267,8 @@ def main(argv=None) -> dict:
     config = make_config(args)
     todo = jobs(args, config)
     out = where(args, device) | {"backbone": config.backbone, "width": config.d_model, "rows": []}
-    print(f"{device}, {out['hardware']}, torch {out['torch']}, {out['dtype']}{', compiled' * args.compile}; "
+    how = ", compiled" * args.compile + ", CUDA graphs" * args.graphs
+    print(f"{device}, {out['hardware']}, torch {out['torch']}, {out['dtype']}{how}; "
           f"{config.backbone}, width {config.d_model}, {args.task}\nMB: {out['memory']}. Two figures: dense/UniMoD. "
           f"[95 % interval]. FLOPs: saved by count, full n x n attention\n{HEADER}")
     for sized, plans, T, B in todo:

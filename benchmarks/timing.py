@@ -9,7 +9,9 @@ import time
 import numpy as np
 import torch
 
-from unimod_mini.trainer import precision, train_step
+from unimod_mini.graphs import Recorded
+from unimod_mini.objectives import training_rules
+from unimod_mini.trainer import forward_backward, precision, update
 
 WARM, FEWEST, CHECK = 3, 12, 4     # steps before timing; pairs at least; pairs between two looks at the interval
 
@@ -43,28 +45,35 @@ def has_sync(step) -> bool:
 class Step:
     """A model with its optimiser, warmed up: step() is one training step, step.seconds() times it.
 
-    peak: bytes of its own at the peak of a step (weights, optimiser, gradients, activations); None without CUDA.
+    peak: bytes of its own at the peak of a step (weights, optimiser, gradients, activations); None without CUDA, and
+    for graphs (graphs.Recorded), whose memory is taken once.
     """
 
-    def __init__(self, build, batches: dict, device, compiled: bool = False, fullgraph: bool = True):
+    def __init__(self, build, batches: dict, device, compiled: bool = False, fullgraph: bool = True, graphs=False):
         before = allocated(device)
         with torch.device(device):                         # weights are drawn where they live
             self.model = build().train()
         if compiled:                                       # static shapes: each plan and length has its own graph
             self.model.compile(fullgraph=fullgraph, dynamic=False)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+        eager = self.forward_backward
+        self.passes = Recorded(eager, self.model, device) if graphs else eager
         self.batches, self.device, self.number = batches, device, 0
         for number in range(WARM):
             if number == WARM - 1 and device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
             self()
         synchronize(device)
-        self.peak = allocated(device, peak=True) - before or None
+        self.peak = None if graphs else allocated(device, peak=True) - before or None   # a recording's is not seen
 
     def __call__(self) -> None:
-        with precision(self.device):                       # the rule of training changes with every other pair
-            train_step(self.model, [self.optimizer], self.batches, self.number // 2, 1.0)
+        self.passes(self.batches, training_rules(self.number // 2, self.batches))   # changes with every other pair
+        update(self.model, [self.optimizer], 1.0)
         self.number += 1
+
+    def forward_backward(self, batches: dict, rules: dict) -> dict:
+        with precision(self.device):
+            return forward_backward(self.model, batches, rules)
 
     def seconds(self) -> float:
         synchronize(self.device)

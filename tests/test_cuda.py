@@ -15,7 +15,9 @@ from test_generate import make, pictures
 from unimod_mini import analysis
 from unimod_mini.distributed import Ranks
 from unimod_mini.generate import generate_image, generate_text
+from unimod_mini.graphs import Recorded
 from unimod_mini.layer_switch import arank
+from unimod_mini.objectives import Objective
 from unimod_mini.routers import Plan
 from unimod_mini.run import share_out
 from unimod_mini.trainer import precision
@@ -95,6 +97,38 @@ def test_a_step_does_not_wait_for_the_device(data):  # noqa: F811
 
 
 @both
+@pytest.mark.parametrize("rule", ("topk", "predicted"))
+def test_recorded_losses_and_gradients_are_those_of_a_plain_pass(backbone, rule):
+    """Another batch in every replay, weights that move between them; float64, so that nothing hides in rounding."""
+    model = build(tiny(backbone), Plan({"t2i": (1.0, .4, .6), "mmu": (.5, 1.0, 0.0)})).to(DEVICE)
+    objective, weights = Objective(model), list(model.parameters())
+
+    def passes(batches, parts, rules):
+        loss, shown = objective(batches, parts, rules)
+        loss.backward()
+        return shown
+
+    recorded = Recorded(passes, model, torch.device(DEVICE))
+    for turn in range(6):
+        batches = {task: sample(model.config, 3, 12, turn + 9 * (task == "mmu"), "left", backbone == "showo").to(DEVICE)
+                   for task in ("t2i", "mmu")}
+        parts, rules = {"t2i": (1.0, 0.5 + turn), "mmu": (2.0 / (1 + turn), 3.0)}, {"t2i": rule if turn % 2 else "topk", "mmu": "topk"}
+        found = []
+        for function in (passes, recorded):
+            model.zero_grad(set_to_none=True)
+            shown = function(batches, parts, rules)
+            found.append((shown, [None if p.grad is None else p.grad.clone() for p in weights]))
+        (one, here), (two, there) = found
+        torch.testing.assert_close(two, one)
+        torch.testing.assert_close(there, here)
+        with torch.no_grad():
+            for p, gradient in zip(weights, here):
+                if gradient is not None:
+                    p -= 0.1 * gradient
+    assert len(recorded.recordings) == (1 if rule == "topk" else 2)
+
+
+@both
 @pytest.mark.parametrize("optimizer", ("adamw", "muon"))
 def test_a_run_learns_what_it_learns_on_the_cpu(data, tmp_path, backbone, optimizer, monkeypatch):  # noqa: F811
     """Dense, switch, UniMoD in float32: losses near those of the CPU, stopped and resumed too."""
@@ -103,15 +137,17 @@ def test_a_run_learns_what_it_learns_on_the_cpu(data, tmp_path, backbone, optimi
     given = [*TINY, "--steps", "6", "--dense", "0.5", "--optimizer", optimizer, "--save-every", "2"]
     for device in ("cpu", DEVICE):
         run(tmp_path / device, data[backbone], *given, "--device", device)
+    run(tmp_path / "graphs", data[backbone], *given, "--device", DEVICE, "--graphs")
     for step in (4, 6):                                    # the last checkpoints are gone: it goes on from step 2
         for file in (tmp_path / DEVICE / "checkpoints" / f"step-{step:08d}").iterdir():
             file.unlink()
     run(tmp_path / DEVICE, data[backbone], *given, "--device", DEVICE, "--resume", "auto")
     names = "loss_t2i", "loss_mmu", "norm"
-    one, two = rows(tmp_path / "cpu", *names), rows(tmp_path / DEVICE, *names)
-    assert len(one) == len(two) == 6
-    for a, b in zip(one, two):
-        assert b == pytest.approx(a, rel=3e-2 if optimizer == "muon" else 1e-3)              # Muon: bf16 on CUDA
+    one, *others = (rows(tmp_path / out, *names) for out in ("cpu", DEVICE, "graphs"))
+    for two in others:
+        assert len(one) == len(two) == 6
+        for a, b in zip(one, two):
+            assert b == pytest.approx(a, rel=3e-2 if optimizer == "muon" else 1e-3)          # Muon: bf16 on CUDA
 
 
 @both

@@ -519,9 +519,9 @@ def test_the_settings_are_frozen():
         "t2i": (int, 8), "mmu": (int, 8), "lm": (int, 0), "accumulate": (int, 1), "drop": (float, 0.1), "seed": (int, 0),
         "optimizer": (str, "adamw"), "lr": (float, 1e-3), "muon_lr": (float, 0.02), "weight_decay": (float, 0.1),
         "warmup": (int, 100), "decay": (str, "cosine"), "clip": (float, 1.0), "ema": (float, 0.0), "parallel": (str, "ddp"),
-        "compile": (bool, False), "activation_checkpointing": (bool, False), "device": (str, ""), "timeout": (float, 30.0),
-        "log_every": (int, 10), "eval_every": (int, 500), "eval_samples": (int, 256), "sample_every": (int, 500),
-        "save_every": (int, 500), "keep_checkpoints": (int, 3)}
+        "compile": (bool, False), "graphs": (bool, False), "activation_checkpointing": (bool, False), "device": (str, ""),
+        "timeout": (float, 30.0), "log_every": (int, 10), "eval_every": (int, 500), "eval_samples": (int, 256),
+        "sample_every": (int, 500), "save_every": (int, 500), "keep_checkpoints": (int, 3)}
     argv = "--preset tiny --data D --out O --steps 7 --save-every 3 --seed 2 --resume auto --plan P".split()
     config = full.parse(argv)
     assert (config.preset, config.data, config.out, config.steps, config.save_every, config.seed, config.resume,

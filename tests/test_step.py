@@ -38,8 +38,8 @@ def test_the_flags_are_frozen():
     """The command line of the benchmark: names and defaults."""
     flags = {a.option_strings[0]: a.default for a in step.arguments()._actions if a.option_strings[0] != "-h"}
     assert flags == {"--backbone": None, "--preset": None, "--width": None, "--layers": None, "--length": None,
-                     "--batch": None, "--task": "t2i", "--savings": [.15, .4, .6], "--compile": False, "--device": None,
-                     "--seconds": None, "--interval": .1, "--quick": False, "--grow": None, "--against-hf": False,
+                     "--batch": None, "--task": "t2i", "--savings": [.15, .4, .6], "--compile": False, "--graphs": False,
+                     "--device": None, "--seconds": None, "--interval": .1, "--quick": False, "--grow": None, "--against-hf": False,
                      "--unrouted": False, "--out": None}
 
 
@@ -188,7 +188,7 @@ def test_a_quick_run(backbone, tmp_path, capsys):
     """A run in this process prints one line a plan and writes the promised keys, and nothing but the file."""
     out = step.main([*TINY, "--backbone", backbone, "--out", str(tmp_path / "step.json")])
     stored = json.loads((tmp_path / "step.json").read_text())
-    assert set(stored) == {"device", "hardware", "torch", "preset", "dtype", "compile", "optimizer", "interval",
+    assert set(stored) == {"device", "hardware", "torch", "preset", "dtype", "compile", "graphs", "optimizer", "interval",
                            "seconds", "memory", "backbone", "width", "rows"}
     assert [row["saving"] for row in stored["rows"]] == [.15, .4, .6] and all(set(row) == ROW for row in stored["rows"])
     assert all(row["pairs"] >= FEWEST and row["dense_ms"] > 0 and row["unimod_ms"] > 0 for row in stored["rows"])

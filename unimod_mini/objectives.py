@@ -69,6 +69,11 @@ def training_rule(step: int, batch: Batch, task: str) -> str:
     return "predicted" if step % 2 and task == "t2i" and batch.spans is None else "topk"
 
 
+def training_rules(step: int, batches: dict) -> dict:
+    """{task: training_rule} of {task: Batch}."""
+    return {task: training_rule(step, batch, task) for task, batch in batches.items()}
+
+
 def task_losses(model, batch: Batch, task: str, rule: str = "topk") -> Losses:
     """One forward. rule: routing of the model."""
     out = model(**batch.inputs(), task=task, routing=rule)
@@ -90,20 +95,20 @@ def token_counts(batch: Batch) -> tuple[int, int]:
 class Objective(nn.Module):
     """The losses of every task in one forward, so that one backward (and one exchange of gradients) holds all tasks.
 
-    forward({task: Batch}, {task: (a, b)}, step) -> loss, a scalar, and {task: (a x task loss, b x predictor loss)}
-    without gradient. a and b: this batch's part of the labelled and of the valid tokens of a whole step. The means over
-    the step are then plain sums over micro-batches and ranks, however the tokens are spread. step: its number,
-    for training_rule.
+    forward({task: Batch}, {task: (a, b)}, {task: rule}) -> loss, a scalar, and {task: (a x task loss, b x predictor
+    loss)} without gradient. a and b: this batch's part of the labelled and of the valid tokens of a whole step. The
+    means over the step are then plain sums over micro-batches and ranks, however the tokens are spread. rule: top-k
+    where none is given.
     """
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batches: dict, parts: dict, step: int = 0) -> tuple[Tensor, dict]:
+    def forward(self, batches: dict, parts: dict, rules: dict | None = None) -> tuple[Tensor, dict]:
         loss, shown = 0.0, {}
         for task, batch in batches.items():
-            task_loss, predictor = task_losses(self.model, batch, task, training_rule(step, batch, task))
+            task_loss, predictor = task_losses(self.model, batch, task, (rules or {}).get(task, "topk"))
             a, b = parts[task]
             loss = loss + TASK_WEIGHTS[task] * a * task_loss + b * predictor
             shown[task] = torch.stack((a * task_loss, b * predictor)).detach()

@@ -24,7 +24,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .checkpoints import named_tensors
 from .distributed import freeze_unused, local, reshard, synchronised, total, whole, wrap
-from .objectives import Objective, token_counts
+from .graphs import Recorded
+from .objectives import Objective, token_counts, training_rules
 from .trainer import Muon, clip_gradients, hidden_and_rest, learning_rate, precision
 from .transformer import UnifiedTransformer
 
@@ -66,13 +67,15 @@ class Run:
 
     def enter(self, stage: str, model, since: int) -> None:
         """Begin a stage with this model, its own optimisers and average. Those of the stage before are freed first."""
-        self.model = self.objective = self.wrapped = self.optimizers = self.average = None
-        gc.collect()                                       # FSDP's modules hold each other in cycles
+        self.model = self.objective = self.wrapped = self.passes = self.optimizers = self.average = None
+        gc.collect()                                       # FSDP's modules and recordings are held in cycles
         self.stage, self.model, self.since = stage, model, since
         freeze_unused(model, self.lengths)
         prepare(model, self.config)
         self.objective = Objective(model)
         self.wrapped = wrap(self.objective, self.config.parallel, self.device)
+        eager = self.forward_backward
+        self.passes = Recorded(eager, model, self.device) if self.config.graphs else eager
         self.optimizers = build_optimizers(model, self.config)
         self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
         self.average = {name: p.detach().clone() for name, p in model.named_parameters()} if self.config.ema else {}
@@ -86,18 +89,23 @@ class Run:
     def advance(self, batches: list, parts: list) -> tuple[Tensor, Tensor]:
         """One step -> losses (tasks, 2), of the task and of its predictors, and the gradient's norm: on the device."""
         self.objective.train()
-        world = dist.get_world_size() if dist.is_initialized() else 1
         losses = torch.zeros(len(self.tasks), 2, device=self.device)
         for number, (micro, part) in enumerate(zip(batches, parts, strict=True), start=1):
             with synchronised(self.wrapped, now=number == len(batches)):
-                with precision(self.device):
-                    loss, shown = self.wrapped(to_device(micro, self.device), part, self.step)
-                (world * loss).backward()                  # DDP and FSDP divide by the number of ranks
+                shown = self.passes(to_device(micro, self.device), part, training_rules(self.step, micro))
             losses += torch.stack([shown[task] for task in self.tasks])
         norm = clip_gradients(self.model, self.config.clip)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self.update(1.0 - (total(losses).isfinite().all() & norm.isfinite()).float())
         return losses, norm
+
+    def forward_backward(self, micro: dict, part: dict, rules: dict) -> dict:
+        """Adds to the gradient; returns {task: its losses}, as Objective does."""
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        with precision(self.device):
+            loss, shown = self.wrapped(micro, part, rules)
+        (world * loss).backward()                          # DDP and FSDP divide by the number of ranks
+        return shown
 
     def update(self, bad: Tensor) -> None:
         """Optimisers and average; bad () float: 1 leaves the weights, the optimisers' state and the average as they are."""

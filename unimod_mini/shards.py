@@ -185,14 +185,14 @@ class Shards:
                                         f"{self.folder} makes a data set, or finishes one")
         self.tokenizer = read_tokenizer(self.folder / "tokenizer.pt")
         self.tokenizer_hash = tokenizer_hash(self.tokenizer)
-        self.arrays = {}                                   # (split, task) -> memmaps, each (n, 2 + S + N)
+        self.arrays = {}                                   # (split, task) -> arrays on disk, each (n, 2 + S + N)
         paths = sorted(self.folder.glob("*.shard"))
         size = sum(path.stat().st_size for path in paths)
         with tqdm(total=size, desc="checking shards", unit="B", unit_scale=True, disable=size < 2**30) as bar:
             for path in paths:
                 header = read_header(path, self.tokenizer, self.tokenizer_hash)
-                self.arrays.setdefault((header["split"], header["task"]), []).append(
-                    np.memmap(path, header["dtype"], "r", HEADER, tuple(header["shape"])))
+                rows = np.memmap(path, header["dtype"], "r", HEADER, tuple(header["shape"]))
+                self.arrays.setdefault((header["split"], header["task"]), []).append(np.asarray(rows))   # faster views
                 if checksums:
                     check_seal(path, header["sha256"], bar)
         self.ends = {key: np.cumsum([len(array) for array in arrays]) for key, arrays in self.arrays.items()}

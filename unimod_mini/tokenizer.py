@@ -229,7 +229,7 @@ class Tokenizer:
         question answer eot .. Labels: the answers and their ends, shifted.
         """
         check_rows(codes, questions, answers)
-        rows, answered = [], []
+        rows, answered, overhead = [], [], self.mmu_overhead()
         for question, answer, image in zip(questions, answers, self.image_ids(codes).tolist()):
             pair = ([question], [answer]) if isinstance(question, str) else (question, answer)
             check_rows(pair[0], *pair)
@@ -241,7 +241,7 @@ class Tokenizer:
                 reply = [*self.text.encode(a), self.eot]
                 row, labels = row + ask + reply, labels + [IGNORE] * len(ask) + reply
             said = " ".join(text for turn in turns for text in turn)
-            self.fit_text(row[self.mmu_overhead():], self.text_length, said)
+            self.fit_text(row[overhead:], self.text_length, said)
             rows.append(row), answered.append(labels)
         length = self.length("mmu")
         ids, valid = self.pad_rows(rows, length)

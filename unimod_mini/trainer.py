@@ -11,7 +11,7 @@ from torch import nn
 
 from .config import ModelConfig
 from .files import whole_file
-from .objectives import TASK_WEIGHTS, task_losses, training_rule
+from .objectives import TASK_WEIGHTS, task_losses, training_rules
 from .routers import Plan
 from .transformer import UnifiedTransformer, inference
 
@@ -131,22 +131,32 @@ def clip_gradients(model: nn.Module, limit: float) -> torch.Tensor:
     return norm + 0 * nn.utils.get_total_norm([p.grad for p in apart]) if apart else norm
 
 
+def forward_backward(model, batches: dict, rules: dict, weights: dict = TASK_WEIGHTS) -> dict:
+    """The gradient of the weighted losses of {task: Batch}, routed by {task: rule}. Returns {task: loss} as tensors."""
+    losses = {task: task_losses(model, batch, task, rules[task]) for task, batch in batches.items()}
+    total = sum(weights[task] * loss.task + loss.predictor for task, loss in losses.items())
+    total.backward()
+    return {task: loss.task.detach() for task, loss in losses.items()}
+
+
 def train_step(model, optimizers, batches: dict, step: int, factor: float, weights: dict = TASK_WEIGHTS) -> dict:
     """One step on one batch of every task: forward, backward, clip, update. Returns {task: loss} as tensors.
 
     step: its number, for objectives.training_rule; factor: of the peak rates; weights: {task: its loss's}.
     """
-    losses = {task: task_losses(model, batch, task, training_rule(step, batch, task))
-              for task, batch in batches.items()}
-    total = sum(weights[task] * loss.task + loss.predictor for task, loss in losses.items())
-    total.backward()
+    losses = forward_backward(model, batches, training_rules(step, batches), weights)
+    update(model, optimizers, factor)
+    return losses
+
+
+def update(model, optimizers, factor: float) -> None:
+    """Clip the gradient to norm 1, move the weights, forget the gradient."""
     clip_gradients(model, 1.0)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = factor * group.setdefault("peak_lr", group["lr"])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return {task: loss.task.detach() for task, loss in losses.items()}
 
 
 # --------------------------------------------------------------------------------------------------------------
