@@ -19,9 +19,9 @@ WARM = 3                           # calls before a recording: what libraries al
 class Recorded:
     """function(*args), a forward and a backward pass of `model` -> what it returns, and .grad of the parameters.
 
-    args: tensors, numbers and plain data in tuples and dicts. Each structure of them (shapes, texts, ..) is recorded
-    when it first occurs and replayed with the tensors and numbers of every later call. What the function returns must
-    not depend on gradients (detach it). Every call begins without gradients: .grad is written, not added to. The
+    args: tensors, floats (float32 in a recording) and plain data in tuples and dicts. Each structure of them (shapes,
+    texts, whole numbers, ..) is recorded when it first occurs, and replayed with the tensors and floats of every later
+    call. What the function returns must be detached. Every call begins without gradients: .grad is written, not added to. The
     weights must stay where they are, as they do with optimisers that update in place. Recordings share their memory.
     ValueError for a device that is not CUDA, among several processes, and inside autocast, whose casts would be
     recorded once for all (autocast belongs into the function).
