@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 
 from unimod_mini import (METHODS, ModelConfig, Plan, UnifiedTransformer, arank_table, calibrate, checkpoints,
-                         plan_for_budget, predictor_report, save_checkpoint)
+                         graphs, plan_for_budget, predictor_report, save_checkpoint)
 from unimod_mini.config import PRESETS as PUBLISHED
 from unimod_mini.distributed import Ranks, from_first, join, sigterm
 from unimod_mini.files import write_json
@@ -89,7 +89,7 @@ class Config:
     ema: float = 0.0               # > 0: evaluate, draw and publish an average of the weights with this decay
     parallel: str = "ddp"          # or fsdp: weights, gradients and optimiser are sharded over the processes
     compile: bool = False          # torch.compile
-    graphs: bool = False           # CUDA graphs: forward and backward are one launch each (one process)
+    graphs: bool = False           # CUDA graphs: forward and backward in one launch (one process, without torchrun)
     activation_checkpointing: bool = False    # forget what a block computes, do it again in the backward pass
     device: str = ""               # cuda, mps or cpu; found by itself when not given
     timeout: float = 30.0          # minutes that a process waits for the others before it gives up
@@ -190,6 +190,8 @@ class Job(NamedTuple):
 
 def make_job(config: Config, ranks: Ranks, device: torch.device) -> Job:
     """ValueError and FileNotFoundError for data that cannot be trained on."""
+    if config.graphs:
+        graphs.check(device)
     shards = Shards(config.data, checksums=ranks.local == 0)
     counts = {task: getattr(config, task) for task in TASKS if getattr(config, task)}
     loader = Loader(shards, counts, config.seed, ranks.rank, ranks.world, config.accumulate, config.drop)

@@ -112,7 +112,8 @@ def main() -> None:
         if choice == "by place":
             without_routers(model)
         if args.field == "rule":
-            trainer.training_rule = lambda *step: ranked_by(choice, *step)
+            trainer.training_rules = lambda step, batches: {
+                task: ranked_by(choice, step, batch, task) for task, batch in batches.items()}
         toy.train(model, fresh, more, 0.7, device, choice, setting["weights"])
         values = [1 - flops_ratio(dense.config, plan, lengths, "train"),
                   *judge(model, fresh, world, args.scenes, args.seed, setting["drawing"], device)]

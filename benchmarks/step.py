@@ -2,9 +2,10 @@
 
     python benchmarks/step.py [--quick] [--backbone emu3] [--preset showo-1.3b] [--graphs] [--out step.json]
 
-A step is that of trainer.train_step: forward, backward, clip, update (torch's fused AdamW, the same for both), on one batch of
-random ids. CUDA and CPUs that multiply bf16 run bf16 autocast over float32 weights, the others float32. The twins have
-the same weights; UniMoD adds its routers. A Show-o batch has a bidirectional image span, so its attention is masked.
+A step is that of trainer.train_step: forward, backward, clip, update (torch's fused AdamW, the same for both), on one
+batch of random ids. CUDA and CPUs that multiply bf16 run bf16 autocast over float32 weights, the others float32. The
+twins have the same weights; UniMoD adds its routers. A Show-o batch has a bidirectional image span, so its attention is
+masked.
 
     time saved      1 - (seconds of a UniMoD step) / (seconds of the dense step beside it), median over the pairs
     realised share  time saved / FLOPs saved; FLOPs of training by unimod_mini.flops, full n x n attention
@@ -28,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.growth import counted_equal_at, draw, laws  # noqa: E402
 from benchmarks.text_models import TextModel  # noqa: E402
 from benchmarks.timing import Step, has_sync, race  # noqa: E402
-from unimod_mini import Batch, ModelConfig, Plan, UnifiedTransformer, count_flops, flops_ratio  # noqa: E402
+from unimod_mini import Batch, ModelConfig, Plan, UnifiedTransformer, count_flops, flops_ratio, graphs  # noqa: E402
 from unimod_mini.files import whole_file, write_json  # noqa: E402
 from unimod_mini.flops import bisect, peak_flops  # noqa: E402
 from unimod_mini.memory import activation_bytes  # noqa: E402
@@ -78,7 +79,9 @@ def parse(argv=None) -> argparse.Namespace:
         if getattr(args, name) is None and not (args.preset and name in ("width", "layers")):
             setattr(args, name, value)
     if args.compile and args.graphs:
-        parser.error("--compile and --graphs are not one: choose one of them")
+        parser.error("--compile and --graphs: choose one of them")
+    if args.graphs and args.against_hf:
+        parser.error("--against-hf compares eager or compiled steps: leave --graphs out")
     sizes = [size for size in (args.layers, args.width, args.length, args.batch) if size is not None]
     if min(sizes) < 1 or args.seconds < 0 or args.interval <= 0:
         parser.error("sizes must be at least 1, --seconds at least 0, --interval above 0")
@@ -262,6 +265,8 @@ def where(args, device) -> dict:
 def main(argv=None) -> dict:
     args = parse(argv)
     device = find_device(args.device)
+    if args.graphs:
+        graphs.check(device)
     seed_everything(0)
     torch._dynamo.config.recompile_limit = 64              # --compile: one graph for each model of this process
     config = make_config(args)

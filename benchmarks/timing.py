@@ -5,6 +5,7 @@ Used by step.py, which says what is compared. Nothing here knows of models or pl
 
 import statistics
 import time
+from functools import partial
 
 import numpy as np
 import torch
@@ -42,6 +43,11 @@ def has_sync(step) -> bool:
     return False
 
 
+def autocast_pass(model, device, batches: dict, rules: dict) -> dict:
+    with precision(device):
+        return forward_backward(model, batches, rules)
+
+
 class Step:
     """A model with its optimiser, warmed up: step() is one training step, step.seconds() times it.
 
@@ -56,8 +62,8 @@ class Step:
         if compiled:                                       # static shapes: each plan and length has its own graph
             self.model.compile(fullgraph=fullgraph, dynamic=False)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
-        eager = self.forward_backward
-        self.passes = Recorded(eager, self.model, device) if graphs else eager
+        passes = partial(autocast_pass, self.model, device)
+        self.passes = Recorded(passes, self.model, device) if graphs else passes
         self.batches, self.device, self.number = batches, device, 0
         for number in range(WARM):
             if number == WARM - 1 and device.type == "cuda":
@@ -70,10 +76,6 @@ class Step:
         self.passes(self.batches, training_rules(self.number // 2, self.batches))   # changes with every other pair
         update(self.model, [self.optimizer], 1.0)
         self.number += 1
-
-    def forward_backward(self, batches: dict, rules: dict) -> dict:
-        with precision(self.device):
-            return forward_backward(self.model, batches, rules)
 
     def seconds(self) -> float:
         synchronize(self.device)

@@ -58,7 +58,7 @@ def test_the_methods_of_the_comparison():
 def test_who_ranks_in_training(run, monkeypatch):
     """Two steps of each choice: in turns, the router twice, the predictors twice; questions always by the router."""
     seen, losses = {"t2i": [], "mmu": []}, choices.trainer.task_losses
-    monkeypatch.setattr(choices.trainer, "training_rule", choices.trainer.training_rule)   # restored afterwards
+    monkeypatch.setattr(choices.trainer, "training_rules", choices.trainer.training_rules)   # restored afterwards
 
     def record(model, batch, task, rule):
         seen[task].append(rule)

@@ -696,7 +696,7 @@ def test_the_figures_of_a_line(data, monkeypatch):
     monkeypatch.setattr(journal, "peak_flops", lambda name: 1e9)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "known")
     run.device = torch.device("cuda")
-    monkeypatch.setattr(journal, "memory_gb", lambda device: 0.0)
+    monkeypatch.setattr(journal, "memory_gb", lambda *device: 0.0)
     row = journal.figures(run, counts, lengths, torch.ones(2, 2), torch.tensor(1.0), 0.5, world=2)
     for name, which in (("mfu", plan), ("mfu_dense_equivalent", None)):
         flops = sum(counts[task] * count_flops(run.model.config, which, task, lengths[task], "train").total for task in counts)

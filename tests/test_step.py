@@ -1,6 +1,8 @@
 """benchmarks/step.py: its flags, plans, arithmetic and files. The figures themselves are for a quiet machine."""
+import gc
 import json
 import sys
+import weakref
 import xml.etree.ElementTree as xml
 from types import SimpleNamespace
 
@@ -9,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import step
+from benchmarks import step, timing
 from benchmarks.growth import counted_equal_at, draw, fit, laws
 from benchmarks.timing import FEWEST, bootstrap, race, summary
 from unimod_mini import ModelConfig, Plan, UnifiedTransformer, count_flops, flops_ratio
@@ -59,7 +61,8 @@ def test_sizes_when_nothing_is_said():
     (["--preset", "showo-1.3b", "--backbone", "emu3"], "--preset fixes width and backbone"),
     (["--length", "0"], "sizes must be at least 1"), (["--preset", "toy-emu3", "--layers", "0"], "sizes must be at least 1"),
     (["--interval", "0"], "--interval above 0"),
-    (["--seconds", "-1"], "--seconds at least 0")])
+    (["--seconds", "-1"], "--seconds at least 0"), (["--compile", "--graphs"], "--compile and --graphs: choose one"),
+    (["--graphs", "--against-hf"], "leave --graphs out")])
 def test_options_that_cannot_be(arguments, message, capsys):
     """An option that would not be read, or a size that cannot be, ends in one line."""
     with pytest.raises(SystemExit):
@@ -271,6 +274,31 @@ def test_a_drawing_of_one_point():
     """A single length and depth still make a drawing."""
     rows = [{"layers": 4, "length": 64, "batch": 2, "saving": 0.4, "dense_ms": 3.0, "unimod_ms": 2.0}]
     assert xml.fromstring(draw(laws(rows, 4, 64)))
+
+
+def test_graphs_need_cuda(capsys):
+    """An error at once, before anything is built or printed."""
+    with pytest.raises(ValueError, match="--graphs is for one process on a CUDA device"):
+        step.main([*TINY, "--savings", "0.4", "--graphs", "--device", "cpu"])
+    assert not capsys.readouterr().out
+
+
+def test_both_of_a_pair_train_by_the_same_rule_and_are_freed(monkeypatch):
+    """The rule changes with every other step; a step that is deleted leaves no model behind, gc or not."""
+    config = step.make_config(step.parse(["--quick", "--backbone", "emu3"]))
+    batches, seen, original = {"t2i": step.make_batch(config, "t2i", 1, 16, "cpu")}, [], timing.forward_backward
+    monkeypatch.setattr(timing, "forward_backward", lambda model, batches, rules: seen.append(rules["t2i"]) or original(
+        model, batches, rules))
+    one = timing.Step(lambda: UnifiedTransformer(config), batches, torch.device("cpu"))
+    one(), one()
+    assert seen == ["topk", "topk", "predicted", "predicted", "topk"]
+    kept = weakref.ref(one.model)
+    gc.disable()
+    try:
+        del one
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 def test_without_transformers(monkeypatch):

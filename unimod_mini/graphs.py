@@ -1,11 +1,11 @@
 """CUDA graphs: what a host launches operator by operator, recorded once and then launched as one.
 
-A step has more than a thousand operators, a routed one more than a dense one. A GPU is done with most of a small model's
-before the host has launched the next, so the host sets the pace, and the FLOPs that a plan saves save no time
+A step has more than a thousand operators, a routed one more than a dense one. A GPU is done with most of a small
+model's before the host has launched the next, so the host sets the pace, and the FLOPs that a plan saves save no time
 (docs/speed.md). A recording has no such pace: the same kernels on the same memory, forward and backward, one launch.
 
-That the routed path can be recorded is a property of it: K follows from the length, so every shape is known beforehand,
-and no operator asks the device for a number.
+That the routed path can be recorded is a property of it: K follows from the length, so every shape is known
+beforehand, and no operator asks the device for a number.
 """
 
 import torch
@@ -13,7 +13,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-WARM = 3                           # calls before a recording: what libraries allocate at first use, they allocate there
+WARM = 3                           # calls before a recording: libraries allocate at first use
+
+
+def check(device: torch.device) -> None:
+    """ValueError for a device that is not CUDA, and in a process of several: DDP's exchange is not recorded."""
+    if device.type != "cuda" or dist.is_initialized():
+        where = "torchrun" if dist.is_initialized() else device.type
+        raise ValueError(f"--graphs is for one process on a CUDA device, started without torchrun, not for {where}: "
+                         "leave it out")
 
 
 class Recorded:
@@ -21,16 +29,14 @@ class Recorded:
 
     args: tensors, floats (float32 in a recording) and plain data in tuples and dicts. Each structure of them (shapes,
     texts, whole numbers, ..) is recorded when it first occurs, and replayed with the tensors and floats of every later
-    call. What the function returns must be detached. Every call begins without gradients: .grad is written, not added to. The
-    weights must stay where they are, as they do with optimisers that update in place. Recordings share their memory.
-    ValueError for a device that is not CUDA, among several processes, and inside autocast, whose casts would be
-    recorded once for all (autocast belongs into the function).
+    call. What the function returns must be detached. Every call begins without gradients: .grad is written, not added
+    to. The weights must stay where they are, as they do with optimisers that update in place. Recordings share their
+    memory, and each is made after WARM calls that draw their own dropout. ValueError as in check, and inside autocast,
+    whose casts would be recorded once for all (autocast belongs into the function).
     """
 
     def __init__(self, function, model: nn.Module, device: torch.device):
-        if device.type != "cuda" or dist.is_initialized():
-            where = "torchrun" if dist.is_initialized() else device.type
-            raise ValueError(f"--graphs is for one process on a CUDA device, not for {where}: leave it out")
+        check(device)
         self.function, self.parameters, self.device = function, list(model.parameters()), device
         self.recordings, self.pool = {}, None
 

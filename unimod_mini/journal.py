@@ -85,10 +85,11 @@ class Clock:
         self.start += time.perf_counter() - began
 
 
-def memory_gb(device: torch.device) -> float:
-    """Peak gigabytes: of tensors on a CUDA device, of the whole process on a CPU."""
+def memory_gb(device: torch.device, graphs: bool = False) -> float:
+    """Peak gigabytes: of tensors on a CUDA device (graphs: of all that is reserved there, recordings hold no tensors),
+    of the whole process on a CPU."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
+        return (torch.cuda.max_memory_reserved if graphs else torch.cuda.max_memory_allocated)(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
@@ -108,7 +109,7 @@ def figures(run, counts: dict, lengths: dict, losses, norm, seconds: float, worl
             **{f"predictor_{task}": pair[1] for task, pair in pairs.items()},
             "lr": run.optimizers[-1].param_groups[0]["lr"], "norm": norm.item(), "skipped": int(run.skipped[1]),
             "tokens_per_second": sum(counts[task] * lengths[task] for task in counts) / seconds,
-            "mfu": mfu[0], "mfu_dense_equivalent": mfu[1], "memory_gb": memory_gb(device),
+            "mfu": mfu[0], "mfu_dense_equivalent": mfu[1], "memory_gb": memory_gb(device, run.config.graphs),
             "kept": {task: sum(plan.keep[task]) / plan.n_layer for task in run.tasks},
             "seconds_left": (run.config.steps - run.step) * seconds}
 

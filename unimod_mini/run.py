@@ -54,6 +54,15 @@ def to_device(micro: dict, device: torch.device) -> dict:
     return {task: batch.to(device) for task, batch in micro.items()}
 
 
+def forward_backward(wrapped, device: torch.device, micro: dict, part: dict, rules: dict) -> dict:
+    """One pass of an Objective, wrapped or not; adds to the gradient. Returns {task: its losses}."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    with precision(device):
+        loss, shown = wrapped(micro, part, rules)
+    (world * loss).backward()                              # DDP and FSDP divide by the number of ranks
+    return shown
+
+
 class Run:
     """A model with its wrapper, optimisers, average and counters. config: of train_full.py; lengths: {task: tokens}.
 
@@ -68,14 +77,14 @@ class Run:
     def enter(self, stage: str, model, since: int) -> None:
         """Begin a stage with this model, its own optimisers and average. Those of the stage before are freed first."""
         self.model = self.objective = self.wrapped = self.passes = self.optimizers = self.average = None
-        gc.collect()                                       # FSDP's modules and recordings are held in cycles
+        gc.collect()                                       # FSDP's modules hold each other in cycles
         self.stage, self.model, self.since = stage, model, since
         freeze_unused(model, self.lengths)
         prepare(model, self.config)
         self.objective = Objective(model)
         self.wrapped = wrap(self.objective, self.config.parallel, self.device)
-        eager = self.forward_backward
-        self.passes = Recorded(eager, model, self.device) if self.config.graphs else eager
+        passes = partial(forward_backward, self.wrapped, self.device)
+        self.passes = Recorded(passes, model, self.device) if self.config.graphs else passes
         self.optimizers = build_optimizers(model, self.config)
         self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
         self.average = {name: p.detach().clone() for name, p in model.named_parameters()} if self.config.ema else {}
@@ -92,20 +101,13 @@ class Run:
         losses = torch.zeros(len(self.tasks), 2, device=self.device)
         for number, (micro, part) in enumerate(zip(batches, parts, strict=True), start=1):
             with synchronised(self.wrapped, now=number == len(batches)):
-                shown = self.passes(to_device(micro, self.device), part, training_rules(self.step, micro))
+                rules = training_rules(self.step, micro) if self.model.plan.routes else {}
+                shown = self.passes(to_device(micro, self.device), part, rules)
             losses += torch.stack([shown[task] for task in self.tasks])
         norm = clip_gradients(self.model, self.config.clip)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self.update(1.0 - (total(losses).isfinite().all() & norm.isfinite()).float())
         return losses, norm
-
-    def forward_backward(self, micro: dict, part: dict, rules: dict) -> dict:
-        """Adds to the gradient; returns {task: its losses}, as Objective does."""
-        world = dist.get_world_size() if dist.is_initialized() else 1
-        with precision(self.device):
-            loss, shown = self.wrapped(micro, part, rules)
-        (world * loss).backward()                          # DDP and FSDP divide by the number of ranks
-        return shown
 
     def update(self, bad: Tensor) -> None:
         """Optimisers and average; bad () float: 1 leaves the weights, the optimisers' state and the average as they are."""
