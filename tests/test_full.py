@@ -397,8 +397,10 @@ def test_compiled_blocks_and_recomputation_change_no_loss(data, tmp_path, monkey
 
 
 def test_every_other_step_draws_with_the_predictors_choice(data, tmp_path):
-    """The number of a step reaches the model as its rule, in every micro-batch; an evaluation ranks by the router."""
-    config = full.parse(["--data", str(data["emu3"]), *TINY, "--accumulate", "2", "--out", str(tmp_path)])
+    """The number of a step reaches a routed model as its rule, in every micro-batch; an evaluation ranks by the router."""
+    Plan({"t2i": (.4, 1), "mmu": (.4, 1)}).save(tmp_path / "plan.json")
+    config = full.parse(["--data", str(data["emu3"]), *TINY, "--accumulate", "2", "--out", str(tmp_path), "--plan",
+                         str(tmp_path / "plan.json")])
     job, rules = full.make_job(config, Ranks(0, 1, 0), torch.device("cpu")), {"t2i": [], "mmu": []}
     run = full.begin(job)
     run.model.register_forward_pre_hook(lambda _, __, given: rules[given["task"]].append(given["routing"]), with_kwargs=True)
