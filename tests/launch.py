@@ -1,9 +1,10 @@
 """Processes for the tests of train_full.py, started as torchrun starts them: forked from a server that has torch loaded."""
 import multiprocessing
 import os
+import random
 import signal
 import socket
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 
 import torch
@@ -16,10 +17,16 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["train_full", "launch"])
 
 
-def free_port():
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def free_ports(n):
+    """n ports that are free, below those that outgoing connections are given: some are used only a minute later."""
+    found = []
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 1_000):
+        with closing(socket.socket()) as probe, suppress(OSError):
+            probe.bind(("", port))
+            found.append(port)
+        if len(found) == n:
+            return found
+    raise OSError("no free ports")
 
 
 @contextmanager
@@ -73,7 +80,7 @@ def work(rank, world, ports, jobs):
 
 def start(world, jobs):
     """The running processes of `world` ranks."""
-    ports = [free_port() for _ in jobs]
+    ports = free_ports(len(jobs))
     processes = [CONTEXT.Process(target=work, args=(rank, world, ports, jobs), daemon=True) for rank in range(world)]
     for process in processes:
         process.start()
