@@ -128,6 +128,8 @@ def test_other_devices_several_processes_and_autocast_are_refused(data, tmp_path
     with pytest.raises(ValueError, match="--graphs is for one process on a CUDA device, .* not for cpu"):
         test_full.run(tmp_path / "out", data["emu3"], *TINY, "--graphs", "--device", "cpu")
     assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="not for cpu"):   # before the data is read, which would be missed
+        test_full.run(tmp_path / "out", tmp_path / "nowhere", *TINY, "--graphs", "--device", "cpu")
     model = torch.nn.Linear(2, 2)
     recorded = Played(lambda x: model(x).sum().backward(), model, CPU)
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="outside of autocast"):
