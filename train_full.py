@@ -23,7 +23,8 @@ import torch
 from unimod_mini import (METHODS, ModelConfig, Plan, UnifiedTransformer, arank_table, calibrate, checkpoints,
                          graphs, plan_for_budget, predictor_report, save_checkpoint)
 from unimod_mini.config import PRESETS as PUBLISHED
-from unimod_mini.distributed import Ranks, from_first, join, sigterm
+from unimod_mini.console import command
+from unimod_mini.distributed import Ranks, asked_to_stop, from_first, join
 from unimod_mini.files import write_json
 from unimod_mini.flops import flops_ratio
 from unimod_mini.journal import Clock, Journal, figures, line, samples
@@ -33,7 +34,8 @@ from unimod_mini.routers import TASKS
 from unimod_mini.run import Run, share_out, to_device
 from unimod_mini.settings import flag, help_of, listing, nearest, overrides
 from unimod_mini.shards import Loader, Shards
-from unimod_mini.trainer import find_device, precision, precision_name
+from unimod_mini.trainer import find_device, find_precision
+from unimod_mini.transformer import PRECISIONS
 
 # --------------------------------------------------------------------------------------------------------------
 # Settings
@@ -46,14 +48,15 @@ PRESETS = {
     "base": ((12, 10, 5, 640), {"t2i": 64, "mmu": 64, "steps": 10000, "warmup": 500, "lr": 6e-4}),   # 60 M, one GPU
 }
 CHOICES = {"preset": (*PRESETS, "init", *PUBLISHED), "method": METHODS, "optimizer": ("adamw", "muon"),
-           "decay": ("cosine", "linear"), "parallel": ("ddp", "fsdp"), "resume": ("no", "auto")}
+           "decay": ("cosine", "linear"), "parallel": ("ddp", "fsdp"), "resume": ("no", "auto"),
+           "precision": ("auto", *PRECISIONS)}
 RANGES = {**dict.fromkeys(("steps", "accumulate", "warmup", "log_every", "eval_every", "eval_samples", "sample_every",
                            "save_every", "keep_checkpoints"), (1, math.inf)),
           **dict.fromkeys(("lr", "muon_lr", "clip", "timeout"), (1e-12, 1e12)), "budget": (0.01, 1), "dense": (0, 1),
           "drop": (0, 1), "ema": (0, 0.99999), **dict.fromkeys((*TASKS, "weight_decay"), (0, math.inf))}
 # what a run may change: these at any time, those before the layer switch
 FREE = {"out", "data", "init", "resume", "steps", "parallel", "accumulate", "compile", "graphs",
-        "activation_checkpointing", "device", "timeout", "log_every", "eval_every", "eval_samples", "sample_every",
+        "activation_checkpointing", "device", "precision", "timeout", "log_every", "eval_every", "eval_samples", "sample_every",
         "save_every", "keep_checkpoints", "lr", "muon_lr", "weight_decay", "warmup", "decay", "clip"}
 UNTIL_SWITCH = {"dense", "method", "budget"}
 SWITCH = {"t2i": 20, "mmu": 50, "lm": 20}                  # samples that ARank is measured on (the paper's numbers)
@@ -74,8 +77,8 @@ class Config:
     method: str = "unimod"         # the plan that the layer switch makes (layer_switch.METHODS)
     budget: float = 0.6            # its training FLOPs over those of dense, of a step's samples
     t2i: int = 8                   # samples of each task in a step, over all processes and accumulation steps
-    mmu: int = 8
-    lm: int = 0
+    mmu: int = 8                   # of questions on pictures
+    lm: int = 0                    # of texts alone
     accumulate: int = 1            # forward and backward passes a step; gradients are exchanged once
     drop: float = 0.1              # share of captions that are emptied, for guidance
     seed: int = 0                  # of weights and order of samples
@@ -92,6 +95,7 @@ class Config:
     graphs: bool = False           # CUDA graphs: forward and backward in one launch (one process, without torchrun)
     activation_checkpointing: bool = False    # forget what a block computes, do it again in the backward pass
     device: str = ""               # cuda, mps or cpu; found by itself when not given
+    precision: str = "auto"        # of matrix products: float32, bf16; auto: bf16 where the hardware multiplies it
     timeout: float = 30.0          # minutes that a process waits for the others before it gives up
     log_every: int = 10            # steps between two lines
     eval_every: int = 500          # .. two evaluations on the held-out split (and before a checkpoint)
@@ -341,16 +345,14 @@ def finished_model(run: Run, job: Job) -> UnifiedTransformer | None:
     if model is None:
         return None
     model.to(job.device)
-    with precision(job.device):
-        calibrate(model, to_device(job.batches(dict.fromkeys(job.counts, CALIBRATION)), job.device))
+    calibrate(model, to_device(job.batches(dict.fromkeys(job.counts, CALIBRATION)), job.device))
     return model
 
 
 def membership(model: UnifiedTransformer, job: Job) -> dict:
     """predictor_report on held-out samples (training's, if there are none), its means printed."""
     wanted = dict.fromkeys(job.counts, CALIBRATION)
-    with precision(job.device):
-        found = predictor_report(model, to_device(job.batches(wanted) | job.batches(wanted, "held"), job.device))
+    found = predictor_report(model, to_device(job.batches(wanted) | job.batches(wanted, "held"), job.device))
     if found["by_layer"]:
         print("predictors agree with top-k on {accuracy:.1%} of the tokens (base rate {base_rate:.1%}); causal routing "
               "keeps {capacity_realised:.1%}, top-k {capacity_trained:.1%}".format(**found), flush=True)
@@ -363,9 +365,8 @@ def draw(model: UnifiedTransformer, job: Job, step: int) -> None:
     for task in job.counts:
         split = "held" if job.shards.count(task, "held") else "train"
         shown[task] = [job.shards.sample(task, i, split) for i in range(min(SHOWN, job.shards.count(task, split)))]
-    with precision(job.device):
-        print(samples(model, job.shards.tokenizer, shown.get("t2i", []), shown.get("mmu", []), DRAWING,
-                      job.out / "samples" / f"step-{step:08d}.png"), flush=True)
+    print(samples(model, job.shards.tokenizer, shown.get("t2i", []), shown.get("mmu", []), DRAWING,
+                  job.out / "samples" / f"step-{step:08d}.png"), flush=True)
 
 
 def due(run: Run, job: Job, journal: Journal | None, clock: Clock) -> dict:
@@ -404,14 +405,14 @@ class Diverged(RuntimeError):
 
 
 def train(run: Run, job: Job, journal: Journal | None, asked: list) -> dict:
-    """Steps, and what is due after each, until the last one or a SIGTERM. Returns the last evaluation."""
+    """Steps, and what is due after each, until the last one, a SIGTERM or a Ctrl-C. Returns the last evaluation."""
     config, clock, held = job.config, Clock(run.step, job.device), {}
     while run.step < config.steps:
         end = config.steps
         if run.stage == "dense" and config.dense < 1:
             end = min(round(config.dense * config.steps), config.steps - 1)
             if run.step >= end:
-                if share_out([], bool(asked))[1]:          # nobody waits for the switch with a SIGTERM
+                if share_out([], bool(asked))[1]:          # who asks to stop does not wait for the switch
                     return {}
                 switch(run, job)
                 clock.lap(run.step)                        # no lap holds steps of both stages
@@ -434,7 +435,7 @@ def introduce(run: Run, job: Job) -> None:
     there = {task: [job.shards.count(task, split) for split in ("train", "held")] for task in job.counts}
     job.say(listing(job.config), f"{run.model.config}",
             f"{sum(p.numel() for p in run.model.parameters()):,} parameters; {job.ranks.world} process(es) on "
-            f"{job.device.type}, torch {torch.__version__}, {precision_name(job.device)}",
+            f"{job.device.type}, torch {torch.__version__}, {run.model.precision}",
             *(f"{task}: {job.counts[task]} of {n} samples a step, {held} held out, {job.lengths[task]} tokens each"
               for task, (n, held) in there.items()))
 
@@ -442,7 +443,8 @@ def introduce(run: Run, job: Job) -> None:
 def main(argv=None) -> dict:
     config = parse(argv)
     device = find_device(config.device or None)
-    with sigterm() as asked, join(device, config.timeout) as ranks:
+    config = replace(config, precision=find_precision(config.precision, device))
+    with asked_to_stop() as asked, join(device, config.timeout) as ranks:
         job = make_job(config, ranks, device)
         run = begin(job)
         if ranks.first:
@@ -451,7 +453,7 @@ def main(argv=None) -> dict:
         held = train(run, job, journal, asked)
         if run.step < config.steps:
             save(run, job, None)
-            job.say(f"stopped by SIGTERM after {run.step} steps and saved: --resume auto goes on")
+            job.say(f"stopped by a signal after {run.step} steps and saved: --resume auto goes on")
         else:
             model = finished_model(run, job)
             if model is not None:
@@ -465,7 +467,5 @@ def main(argv=None) -> dict:
 
 
 if __name__ == "__main__":
-    try:
+    with command(errors=(ValueError, OSError, ImportError, Diverged)):
         main()
-    except (ValueError, OSError, ImportError, Diverged) as error:
-        sys.exit(f"error: {error}")

@@ -11,25 +11,25 @@ dense), the evaluation by exact checkers, and what is written to --out.
 import argparse
 import copy
 import os
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from random import Random
 
 import torch
-from tqdm import tqdm
 
 from unimod_mini import (METHODS, ModelConfig, Palette, Pictures, Plan, Tokenizer, UnifiedTransformer, World, WordText,
                          arank_table, calibrate, count_flops, flops_ratio, generate_image, generate_text,
                          load_image_folder, make_optimizers, plan_for_budget, predictor_report, save_checkpoint,
                          train_step)
+from unimod_mini.console import command, progress_bar
 from unimod_mini.evaluate import blind_accuracy, evaluate
 from unimod_mini.files import write_json
 from unimod_mini.layer_switch import show_table
 from unimod_mini.objectives import TASK_WEIGHTS, drop_prompts, mask_image_tokens
 from unimod_mini.show import save_png, terminal
-from unimod_mini.trainer import find_device, learning_rate, precision, precision_name, seed_everything
+from unimod_mini.trainer import find_device, find_precision, learning_rate, seed_everything
+from unimod_mini.transformer import PRECISIONS
 
 # --------------------------------------------------------------------------------------------------------------
 # Settings: what each backbone needs. Budget: training FLOPs of the plan over those of dense. weights: what a task's
@@ -46,18 +46,26 @@ AIMS = {"t2i": 0.90, "mmu": 0.95}
 EVAL_SCENES = 504                  # of each task, from seeds that training never uses
 
 
+def parser() -> argparse.ArgumentParser:
+    cli = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    cli.add_argument("--backbone", choices=("showo", "emu3"), default="emu3",
+                     help="how pictures are drawn: code by code (emu3), or masked codes in parallel (showo)")
+    cli.add_argument("--method", choices=METHODS, default="unimod", help="the plan that the layer switch makes")
+    cli.add_argument("--steps", type=int, help="steps of the dense phase; the second phase takes half as many")
+    cli.add_argument("--device", help="cuda, mps or cpu; found by itself when not given")
+    cli.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto",
+                     help="of matrix products; auto: bf16 where the hardware multiplies it, else float32")
+    cli.add_argument("--seed", type=int, default=0, help="of weights, data and evaluation")
+    cli.add_argument("--images", help="a folder of pictures with metadata.jsonl instead of the toy world")
+    cli.add_argument("--out", default="out/toy", help="where metrics, plan, checkpoint and samples are written")
+    return cli
+
+
 def parse(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--backbone", choices=("showo", "emu3"), default="emu3")
-    parser.add_argument("--method", choices=METHODS, default="unimod")
-    parser.add_argument("--steps", type=int, help="steps of the dense phase; the second phase takes half as many")
-    parser.add_argument("--device", help="cuda, mps or cpu; found by itself when not given")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--images", help="a folder of pictures with metadata.jsonl instead of the toy world")
-    parser.add_argument("--out", default="out/toy", help="where metrics, plan, checkpoint and samples are written")
-    args = parser.parse_args(argv)
+    cli = parser()
+    args = cli.parse_args(argv)
     if args.steps is not None and args.steps < 2:
-        parser.error(f"--steps must be at least 2, got {args.steps}")
+        cli.error(f"--steps must be at least 2, got {args.steps}")
     return args
 
 
@@ -76,6 +84,13 @@ def make_world(args):
 def toy_config(backbone: str, tokenizer: Tokenizer) -> ModelConfig:
     """The toy preset with the sizes that follow from the tokenizer."""
     return replace(ModelConfig.preset(f"toy-{backbone}"), **tokenizer.sizes(), image_positions=tokenizer.n_image)
+
+
+def dense_model(config: ModelConfig, device, precision: str = "auto") -> UnifiedTransformer:
+    """A new model on the device. precision: as find_precision takes it."""
+    model = UnifiedTransformer(config).to(device)
+    model.precision = find_precision(precision, device)
+    return model
 
 
 class Sampler:
@@ -104,12 +119,11 @@ def train(model, sampler, steps: int, decay: float, device, label: str, weights:
     """Train for `steps`; the rate falls to 0 over the last `decay` of them. Returns the median milliseconds a step."""
     optimizers, times, means = make_optimizers(model), [], {}
     model.train()
-    bar = tqdm(range(steps), desc=f"{label:<8}", unit="step", mininterval=1.0)
+    bar = progress_bar(range(steps), desc=f"{label:<8}", unit="step", mininterval=1.0)
     for step in bar:
         batches = {task: batch.to(device) for task, batch in sampler().items()}
         start = time.perf_counter()
-        with precision(device):
-            losses = train_step(model, optimizers, batches, step, learning_rate(step, steps, decay=decay), weights)
+        losses = train_step(model, optimizers, batches, step, learning_rate(step, steps, decay=decay), weights)
         if step % 10 == 9 or step == steps - 1:            # reading a loss waits for the device
             means = {task: f"{loss.item():.3f}" for task, loss in losses.items()}
             bar.set_postfix(means, refresh=False)
@@ -132,15 +146,12 @@ def main(argv=None) -> dict:
     args, began = parse(argv), time.perf_counter()
     setting, out = SETTINGS[args.backbone], Path(args.out)
     seed_everything(args.seed)
-    try:
-        device, (world, tokenizer) = find_device(args.device), make_world(args)
-        out.mkdir(parents=True, exist_ok=True)
-        if not os.access(out, os.W_OK):
-            raise PermissionError(f"{out} cannot be written to: choose another --out")
-    except (OSError, ValueError, ImportError) as error:    # a device, a picture, a folder, pillow
-        sys.exit(f"error: {error}")
+    device, (world, tokenizer) = find_device(args.device), make_world(args)
+    out.mkdir(parents=True, exist_ok=True)
+    if not os.access(out, os.W_OK):
+        raise PermissionError(f"{out} cannot be written to: choose another --out")
     config = toy_config(args.backbone, tokenizer)
-    dense = UnifiedTransformer(config).to(device)
+    dense = dense_model(config, device, args.precision)
     sampler = Sampler(world, tokenizer, args.seed, setting["t2i"], setting["mmu"])
     introduce(dense, tokenizer, Sampler(world, tokenizer, args.seed, 1, 1)(), device, args.seed)
 
@@ -162,15 +173,14 @@ def main(argv=None) -> dict:
     drawing, sizes = setting["drawing"], {task: setting[task] for task in plan.tasks}
     saved = 1 - flops_ratio(config, plan, {task: tokenizer.length(task) for task in sizes}, "train", sizes)
     results = judge(dense, routed, sampler, args.seed, drawing, flops, step_ms, device)
-    metrics = {"backbone": args.backbone, "method": args.method, "seed": args.seed,
+    metrics = {"backbone": args.backbone, "method": args.method, "seed": args.seed, "precision": dense.precision,
                "seconds": round(time.perf_counter() - began, 1),
                "parameters": sum(p.numel() for p in routed.parameters()), **results,
                "blind_mmu_accuracy": blind_accuracy(world, EVAL_SCENES, args.seed),
                "saved": {"samples": round(1 - flops["routed"] / flops["dense"], 4), "step": round(saved, 4),
                          "whole_run": round(saved * more / (steps + more), 4)}}
     report(metrics, plan)
-    with precision(device):
-        write_results(out, metrics, routed, tokenizer, world, drawing)
+    write_results(out, metrics, routed, tokenizer, world, drawing)
     return metrics
 
 
@@ -190,13 +200,12 @@ def judge(dense, routed, sampler, seed: int, drawing: dict, flops: dict, step_ms
     """Thresholds, then the accuracies of dense, of the method with top-k and with causal routing; the predictors."""
     seen, fresh = ({task: batch.to(device) for task, batch in sampler(128, 128).items()} for _ in range(2))
     results = {}
-    with precision(device):                                # thresholds in the precision that they serve in
-        calibrate(routed, seen)
-        for name, model, rule in (("dense", dense, "causal"), ("topk", routed, "topk"), ("causal", routed, "causal")):
-            kind = "dense" if name == "dense" else "routed"
-            results[name] = evaluate(model, sampler.tokenizer, sampler.world, rule, EVAL_SCENES, seed, drawing, name)
-            results[name] |= {"train_flops": flops[kind], "step_ms": round(step_ms[kind], 1)}
-        return {**results, "predictor": predictor_report(routed, fresh)}
+    calibrate(routed, seen)
+    for name, model, rule in (("dense", dense, "causal"), ("topk", routed, "topk"), ("causal", routed, "causal")):
+        kind = "dense" if name == "dense" else "routed"
+        results[name] = evaluate(model, sampler.tokenizer, sampler.world, rule, EVAL_SCENES, seed, drawing, name)
+        results[name] |= {"train_flops": flops[kind], "step_ms": round(step_ms[kind], 1)}
+    return {**results, "predictor": predictor_report(routed, fresh)}
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -206,7 +215,7 @@ def judge(dense, routed, sampler, seed: int, drawing: dict, flops: dict, step_ms
 def introduce(model, tokenizer, example: dict, device, seed: int) -> None:
     """The configuration, the parameters, the tasks and one sequence of each, id by id."""
     print(f"config   {model.config}\ndevice   {device}, seed {seed}, {torch.get_num_threads()} threads, "
-          f"{precision_name(device)}")
+          f"{model.precision}")
     print(f"model    {sum(p.numel() for p in model.parameters()):,} parameters, vocabulary of {tokenizer.vocab_size}")
     for task, batch in example.items():
         print(f"{task:<8} {batch.ids.shape[1]} tokens: {' '.join(tokenizer.name(i) for i in batch.ids[0].tolist())}")
@@ -252,7 +261,8 @@ def report_predictors(predictor: dict) -> None:
 def write_results(out: Path, metrics: dict, model, tokenizer, world, drawing: dict) -> None:
     """metrics.json and checkpoint.pt, before anything can fail to be shown; answers and pictures to look at."""
     write_json(out / "metrics.json", metrics)
-    save_checkpoint(out / "checkpoint.pt", model, tokenizer=tokenizer.state(), drawing=drawing)
+    toy = world if isinstance(world, World) else None      # generate judges by it
+    save_checkpoint(out / "checkpoint.pt", model, tokenizer=tokenizer.state(), drawing=drawing, world=toy)
     print(f"\n{out}/metrics.json, {out}/plan.json, {out}/checkpoint.pt written")
     rng = Random("show")
     questions, codes = world.sample_mmu(6, rng)
@@ -269,4 +279,5 @@ def write_results(out: Path, metrics: dict, model, tokenizer, world, drawing: di
 
 
 if __name__ == "__main__":
-    main()
+    with command(stopped="stopped: the weights of this run are lost, train_toy.py writes them at its end"):
+        main()

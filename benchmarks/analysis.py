@@ -30,7 +30,7 @@ from benchmarks.growth import COLORS, GAP, HIGH, LEFT, TOP, WIDE, Panel, round_s
 from unimod_mini import Plan, arank_table, calibrate, layer_switch, plan_from_arank  # noqa: E402
 from unimod_mini.analysis import attention_received, competition, layer_importance  # noqa: E402
 from unimod_mini.evaluate import ask_and_judge, draw_and_judge, share  # noqa: E402
-from unimod_mini.files import whole_file, write_json  # noqa: E402
+from unimod_mini.files import write_json, write_text  # noqa: E402
 from unimod_mini.objectives import cross_entropy  # noqa: E402
 
 TASKS = ("t2i", "mmu")
@@ -141,7 +141,7 @@ def synergy(world, tokenizer, data, both, args, device) -> list:
         dense = both
         if len(tasks) == 1:
             toy.seed_everything(args.seed)
-            dense = toy.UnifiedTransformer(both.config).to(device)
+            dense = toy.dense_model(both.config, device)
             toy.train(dense, only(sampler(0), tasks), args.steps, 0.0, device, tasks[0], setting["weights"])
         for method in ("dense", "unimod"):
             own = plan if method == "unimod" else Plan.dense(plan.n_layer, TASKS)
@@ -202,8 +202,7 @@ def main() -> None:
     if args.out:
         write_json(args.out, vars(args) | {"found": found})
         if args.field == "observations":
-            with whole_file(Path(args.out).with_suffix(".svg")) as file:
-                file.write(draw(found))
+            write_text(Path(args.out).with_suffix(".svg"), draw(found))
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def begin(args, device):
             raise ValueError(f"{args.dense} holds another model than --backbone {args.backbone} makes")
         args.steps = stored["steps"]
     else:
-        dense = toy.UnifiedTransformer(toy.toy_config(args.backbone, tokenizer)).to(device)
+        dense = toy.dense_model(toy.toy_config(args.backbone, tokenizer), device)
         sampler = data(0, setting["t2i"], setting["mmu"])
         toy.train(dense, sampler, args.steps, 0.0, device, "dense", setting["weights"])
         if args.dense:
@@ -188,13 +188,12 @@ def without_routers(model) -> None:
 def judge(model, data, world, scenes: int, seed: int, drawing: dict, device) -> list:
     """The four losses on fresh data, the four accuracies, agreement with top-k and its base rate."""
     fresh, seen = ({task: batch.to(device) for task, batch in data(n, n).items()} for n in (FRESH, SEEN))
-    with toy.precision(device):
-        calibrate(model, seen)
-        losses = [cross_entropy(model(**batch.inputs(), task=task, routing=routing).logits, batch.labels).item()
-                  for task, batch in fresh.items() for routing in ("topk", "causal")]
-        scores = [evaluate(model, data.tokenizer, world, routing, scenes, seed, drawing, routing)
-                  for routing in ("topk", "causal")]
-        report = predictor_report(model, fresh)
+    calibrate(model, seen)
+    losses = [cross_entropy(model(**batch.inputs(), task=task, routing=routing).logits, batch.labels).item()
+              for task, batch in fresh.items() for routing in ("topk", "causal")]
+    scores = [evaluate(model, data.tokenizer, world, routing, scenes, seed, drawing, routing)
+              for routing in ("topk", "causal")]
+    report = predictor_report(model, fresh)
     accuracies = [score[key] for key in ("t2i_accuracy", "mmu_accuracy") for score in scores]
     return [*losses, *accuracies, *(report[name] if report["by_layer"] else math.nan for name in ("accuracy", "base_rate"))]
 

@@ -32,7 +32,7 @@ from unimod_mini.files import write_json  # noqa: E402
 from unimod_mini.shapes import Question, commonest_answers  # noqa: E402
 from unimod_mini.shards import Shards, tokenizer_hash  # noqa: E402
 from unimod_mini.show import save_png  # noqa: E402
-from unimod_mini.trainer import find_device, precision  # noqa: E402
+from unimod_mini.trainer import find_device  # noqa: E402
 
 CHUNK, SHOWN = 128, 8              # generated at once; columns of a sheet
 HEADS = ("concept", "style", "group")
@@ -216,11 +216,10 @@ def main() -> None:
         model, stored = load_checkpoint(path, device)
         if tokenizer_hash(Tokenizer.from_state(stored["tokenizer"])) != shards.tokenizer_hash:
             parser.error(f"{path} was trained with another tokenizer than {data} has")
-        with precision(device):
-            for split, pictures in prompts.items():
-                rows[split].append(draw(model, tokenizer, [p.caption for p in pictures], drawing, f"{name} {split}"))
-            with tqdm(total=len(asked), desc=f"{name} answers", unit="question") as bar:
-                results["answered"][name] = by_kind(ask_and_judge(model, tokenizer, asked, codes, bar))
+        for split, pictures in prompts.items():
+            rows[split].append(draw(model, tokenizer, [p.caption for p in pictures], drawing, f"{name} {split}"))
+        with tqdm(total=len(asked), desc=f"{name} answers", unit="question") as bar:
+            results["answered"][name] = by_kind(ask_and_judge(model, tokenizer, asked, codes, bar))
         results["drawn"] |= {f"{name} {split}": verdict(judge, prompts[split], rows[split][-1]) for split in prompts}
     report(results, Counter(q.category for q in asked))
     out.mkdir(parents=True, exist_ok=True)

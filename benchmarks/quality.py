@@ -26,7 +26,7 @@ import train_toy as toy  # noqa: E402
 from unimod_mini import Plan, Tokenizer, UnifiedTransformer, World, load_checkpoint  # noqa: E402
 from unimod_mini.evaluate import ask_and_judge, draw_and_judge, fresh_scenes  # noqa: E402
 from unimod_mini.files import write_json  # noqa: E402
-from unimod_mini.trainer import find_device, precision  # noqa: E402
+from unimod_mini.trainer import find_device  # noqa: E402
 
 OTHER = {"t2i": "mmu", "mmu": "t2i"}
 
@@ -65,7 +65,7 @@ def compare(path: str, scenes: int, seed: int, labels: bool, device) -> dict:
     pair = ((model, "causal"), (relabelled(model), "causal")) if labels else ((model, "topk"), (model, "causal"))
     for held_out in (False, True):
         prompts, questions, codes = fresh_scenes(world, scenes, Random(f"quality {seed}"), held_out)
-        with tqdm(total=4 * scenes, desc=path, unit="scene", mininterval=1.0) as bar, precision(device):
+        with tqdm(total=4 * scenes, desc=path, unit="scene", mininterval=1.0) as bar:
             drawn = [draw_and_judge(which, tokenizer, world, prompts, bar, routing=rule, **drawing)
                      for which, rule in pair]
             answered = [ask_and_judge(which, tokenizer, questions, codes, bar, routing=rule) for which, rule in pair]
@@ -113,7 +113,7 @@ def novelty(path: str, scenes: int, seed: int, trained_with: int, device) -> dic
     model, tokenizer, drawing = load_toy(path, device)
     world = training_data(tokenizer, trained_with)
     prompts, questions, codes = fresh_scenes(world, scenes, Random(f"quality {seed}"))
-    with tqdm(total=2 * scenes, desc=path, unit="scene", mininterval=1.0) as bar, precision(device):
+    with tqdm(total=2 * scenes, desc=path, unit="scene", mininterval=1.0) as bar:
         drawn = draw_and_judge(model, tokenizer, world, prompts, bar, **drawing)
         answered = ask_and_judge(model, tokenizer, questions, codes, bar)
     pictures = list(map(tuple, codes.flatten(1).tolist()))

@@ -30,11 +30,11 @@ from benchmarks.growth import counted_equal_at, draw, laws  # noqa: E402
 from benchmarks.text_models import TextModel  # noqa: E402
 from benchmarks.timing import Step, has_sync, race  # noqa: E402
 from unimod_mini import Batch, ModelConfig, Plan, UnifiedTransformer, count_flops, flops_ratio, graphs  # noqa: E402
-from unimod_mini.files import whole_file, write_json  # noqa: E402
+from unimod_mini.files import write_json, write_text  # noqa: E402
 from unimod_mini.flops import bisect, peak_flops  # noqa: E402
 from unimod_mini.memory import activation_bytes  # noqa: E402
 from unimod_mini.routers import capacity  # noqa: E402
-from unimod_mini.trainer import find_device, precision_name, seed_everything  # noqa: E402
+from unimod_mini.trainer import find_device, find_precision, seed_everything  # noqa: E402
 
 SAVINGS = (0.15, 0.40, 0.60)
 IMAGE = 1026 / 1408                # share of a Show-o sequence that is soi..eoi: 512 pixels, as it was trained
@@ -256,7 +256,7 @@ def where(args, device) -> dict:
     """What the figures depend on besides the sizes."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     return {"device": device.type, "hardware": name, "torch": torch.__version__, "preset": args.preset,
-            "dtype": precision_name(device), "compile": args.compile, "graphs": args.graphs,
+            "dtype": find_precision("auto", device), "compile": args.compile, "graphs": args.graphs,
             "optimizer": "AdamW, fused", "interval": args.interval, "seconds": args.seconds,
             "memory": ("peak, measured" if device.type == "cuda" and not args.graphs else
                        "activations of a batch, closed form, float32")}
@@ -283,8 +283,7 @@ def main(argv=None) -> dict:
     if args.grow:
         out["laws"] = laws(out["rows"], config.n_layer, args.length)
         out["laws"]["counted_equal_at"] = counted_equal_at(out["rows"], config.n_layer)
-        with whole_file(args.grow) as file:
-            file.write(draw(out["laws"]))
+        write_text(args.grow, draw(out["laws"]))
         timed, counted = out["laws"]["length"]["dense"]["equal_at"] or float("inf"), out["laws"]["counted_equal_at"]
         print(f"{args.grow} written; the T and the T^2 part of dense are equal at T = {timed:,.0f} by time, "
               f"{counted:,.0f} by counted FLOPs")

@@ -96,7 +96,7 @@ def main() -> None:
     toy.seed_everything(args.seed)
     world, tokenizer = toy.make_world(toy.parse([]))
     config, sampler = toy.toy_config("emu3", tokenizer), Sampler(world, tokenizer, args.seed)
-    dense = toy.UnifiedTransformer(config).to(device)
+    dense = toy.dense_model(config, device)
     toy.train(dense, sampler, args.steps, 0.0, device, "dense", WEIGHTS)
     samples = {task: batch.to(device) for task, batch in sampler(*SWITCH.values()).items()}
     plan = layer_switch(dense, samples, SETTING["budget"], counts=COUNTS)

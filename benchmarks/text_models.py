@@ -5,6 +5,7 @@ the optional transformers. Both run causal text: they know no image spans. Phi's
 one, the same function, so that the comparison is with the faster of its forms.
 """
 
+import torch
 from torch import Tensor, nn
 
 from unimod_mini import ModelConfig
@@ -29,7 +30,8 @@ def hugging_face(config: ModelConfig) -> nn.Module:
 
 
 class TextModel(nn.Module):
-    """model(ids, task) -> Output, as UnifiedTransformer. A dense model: no routings."""
+    """model(ids, task) -> Output, as UnifiedTransformer, its `precision` too. A dense model: no routings."""
+    precision = "float32"
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -39,4 +41,5 @@ class TextModel(nn.Module):
     def forward(self, ids: Tensor, task: str = "t2i", spans=None, valid=None, routing: str = "topk") -> Output:
         if spans is not None or valid is not None:
             raise ValueError("a text model knows neither spans nor padding")
-        return Output(self.model(input_ids=ids).logits, [])
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            return Output(self.model(input_ids=ids).logits, [])

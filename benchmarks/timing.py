@@ -12,7 +12,7 @@ import torch
 
 from unimod_mini.graphs import Recorded
 from unimod_mini.objectives import training_rules
-from unimod_mini.trainer import forward_backward, precision, update
+from unimod_mini.trainer import find_precision, forward_backward, update
 
 WARM, FEWEST, CHECK = 3, 12, 4     # steps before timing; pairs at least; pairs between two looks at the interval
 
@@ -43,11 +43,6 @@ def has_sync(step) -> bool:
     return False
 
 
-def autocast_pass(model, device, batches: dict, rules: dict) -> dict:
-    with precision(device):
-        return forward_backward(model, batches, rules)
-
-
 class Step:
     """A model with its optimiser, warmed up: step() is one training step, step.seconds() times it.
 
@@ -62,7 +57,8 @@ class Step:
         if compiled:                                       # static shapes: each plan and length has its own graph
             self.model.compile(fullgraph=fullgraph, dynamic=False)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
-        passes = partial(autocast_pass, self.model, device)
+        self.model.precision = find_precision("auto", device)
+        passes = partial(forward_backward, self.model)
         self.passes = Recorded(passes, self.model, device) if graphs else passes
         self.batches, self.device, self.number = batches, device, 0
         for number in range(WARM):

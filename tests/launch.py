@@ -31,36 +31,36 @@ def free_ports(n):
 
 @contextmanager
 def changed(*changes, rank=0):
-    """float32 and few samples everywhere, and what a test wants: "dropout", or ("term", "fail" or "nan", steps, rank).
+    """Few samples everywhere, and what a test wants: "dropout", or ("term", "fail" or "nan", steps, rank).
 
-    term: this rank gets a SIGTERM after the step; fail: an error; nan: the loss of that step is no number on this rank.
+    term, int: this rank gets a SIGTERM, a Ctrl-C after the step; fail: an error; nan: the loss of that step is no number on this rank.
     """
-    kept = torch.cpu._is_avx512_bf16_supported, Run.advance, full.model_config, Objective.forward
+    advanced, sized, passed = Run.advance, full.model_config, Objective.forward
     numbers = full.SWITCH, full.SHOWN, full.CALIBRATION
     full.SWITCH, full.SHOWN, full.CALIBRATION = {"t2i": 6, "mmu": 6, "lm": 6}, 1, 4
-    torch.cpu._is_avx512_bf16_supported = lambda: False
     here, now = {what: steps for what, steps, on in (c for c in changes if c != "dropout") if on == rank}, [0]
 
     def advance(run, *given):
         now[0] = run.step + 1
-        out = kept[1](run, *given)
-        if run.step in here.get("term", ()):
-            os.kill(os.getpid(), signal.SIGTERM)
+        out = advanced(run, *given)
+        for name, number in (("term", signal.SIGTERM), ("int", signal.SIGINT)):
+            if run.step in here.get(name, ()):
+                os.kill(os.getpid(), number)
         if run.step in here.get("fail", ()):
             raise ValueError("this rank fails")
         return out
 
     def forward(objective, *given):
-        loss, shown = kept[3](objective, *given)
+        loss, shown = passed(objective, *given)
         return loss * (torch.nan if objective.training and now[0] in here.get("nan", ()) else 1.0), shown
 
     Run.advance, Objective.forward = advance, forward
     if "dropout" in changes:
-        full.model_config = lambda *given: replace(kept[2](*given), attention_dropout=0.2)
+        full.model_config = lambda *given: replace(sized(*given), attention_dropout=0.2)
     try:
         yield
     finally:
-        torch.cpu._is_avx512_bf16_supported, Run.advance, full.model_config, Objective.forward = kept
+        Run.advance, full.model_config, Objective.forward = advanced, sized, passed
         full.SWITCH, full.SHOWN, full.CALIBRATION = numbers
 
 

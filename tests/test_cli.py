@@ -1,13 +1,17 @@
 """python -m unimod_mini.generate, and the pictures of show.py that it draws with."""
+from pathlib import Path
+from random import Random
+
 import pytest
 import torch
 
-from unimod_mini import (VQ, ByteText, Palette, Plan, Tokenizer, UnifiedTransformer, WordText, generate, load_checkpoint,
-                         save_checkpoint)
+from unimod_mini import (VQ, ByteText, Palette, Plan, Tokenizer, UnifiedTransformer, WordText, World, generate,
+                         load_checkpoint, save_checkpoint)
 from unimod_mini.config import ModelConfig
 from unimod_mini.data import read_image
 from unimod_mini.generate import generate_codes, generate_image, main, parser
-from unimod_mini.show import enlarged, kept_tokens, read_png, write_png
+from unimod_mini.shapes import Thing
+from unimod_mini.show import enlarged, kept_tokens, write_png
 
 pytest.importorskip("PIL", reason="PNG files need the optional pillow")
 PLAN = Plan({"t2i": (1, .5, 0, .7), "mmu": (.4, 1, .5, 0)})
@@ -33,9 +37,9 @@ def checkpoint(request, tmp_path):
 def test_the_flags_are_frozen():
     """The command line of generate: names and defaults."""
     flags = {a.option_strings[0]: a.default for a in parser()._actions if a.option_strings[0] != "-h"}
-    assert flags == {"--checkpoint": None, "--prompt": None, "--image": None, "--question": None, "--explain": False,
-                     "--routing": "causal", "--temperature": None, "--guidance": None, "--steps": None, "--top-k": None,
-                     "--top-p": None, "--seed": 0, "--device": None, "--out": "drawn.png"}
+    assert flags == {"--checkpoint": "out/toy/checkpoint.pt", "--prompt": None, "--image": None, "--question": None,
+                     "--explain": False, "--routing": "causal", "--temperature": None, "--guidance": None, "--steps": None,
+                     "--top-k": None, "--top-p": None, "--seed": 0, "--device": None, "--precision": "auto", "--out": None}
 
 
 def test_steps_are_for_parallel_drawing(checkpoint, tmp_path):
@@ -53,10 +57,10 @@ def test_draw_then_ask(checkpoint, tmp_path, capsys):
     drawn, common = tmp_path / "a.png", ["--checkpoint", str(checkpoint), "--device", "cpu"]
     main([*common, "--prompt", "two red rings", "--out", str(drawn), "--explain"])
     out = capsys.readouterr().out
-    assert "\x1b[" in out and "layer 1, causal:" in out and "a.png written" in out and "a-kept.png written" in out
+    assert "\x1b[" not in out and "layer 1, causal:" in out and "a.png written" in out and "a-kept.png written" in out
     first, (model, stored) = drawn.read_bytes(), load_checkpoint(checkpoint)
     image = generate_image(model, Tokenizer.from_state(stored["tokenizer"]), "two red rings", **stored["drawing"])
-    assert torch.equal(read_png(drawn, 4, 6), image)
+    assert torch.equal(read_image(drawn, (4, 6)), image)
     main([*common, "--prompt", "two red rings", "--out", str(drawn)])
     assert drawn.read_bytes() == first
     main([*common, "--image", str(drawn), "--question", "describe ?", "--explain", "--out", str(tmp_path / "b.png")])
@@ -68,20 +72,19 @@ def test_draw_then_ask(checkpoint, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--prompt", "two red wings"], "unknown word 'wings', did you mean 'rings'"),
+    (["--prompt", "two red wings"], "unknown word 'wings': this tokenizer knows 8 words, did you mean 'rings'?"),
     (["--prompt", "red " * 9], "over the budget of 8"),
     (["--prompt", "red", "--checkpoint", "missing.pt"], "missing.pt does not exist: python train_toy.py makes one"),
     (["--prompt", "red", "--checkpoint", "foreign.pt"], "foreign.pt is not a checkpoint of unimod_mini"),
     (["--prompt", "red", "--checkpoint", "bare.pt"], "bare.pt holds no tokenizer"),
     (["--prompt", "red", "--device", "toaster"], "no device 'toaster' here: choose from"),
-    (["--prompt", "red", "--out", "nowhere/a.png"], "there is no folder nowhere"),
     (["--prompt", "red", "--device", "cpu:x"], "no device 'cpu:x' here: choose from"),
-    (["--prompt", "red", "--out", "."], "or it is itself a folder"),
+    (["--prompt", "red", "--out", "."], "--out . is a folder: give the name of a file in it"),
+    (["--prompt", "  "], "an empty --prompt or --question: say what to draw, or what to answer"),
+    (["--image", "small.png", "--question", ""], "an empty --prompt or --question"),
     (["--prompt", "red", "--out", "a.jpg"], "--out a.jpg: pictures are written as PNG"),
-    (["--image", "small.png", "--question", "two", "--explain", "--out", "nowhere/a.png"], "there is no folder nowhere"),
     (["--prompt", "red", "--temperature", "-1"], "temperature must be finite and >= 0"),
     (["--prompt", "red", "--temperature", "nan"], "temperature must be finite and >= 0"),
-    (["--image", "small.png", "--question", "describe ?"], "small.png has 5x4 pixels, this model sees 6x4"),
     (["--image", "foreign.pt", "--question", "describe ?"], "foreign.pt: cannot be read as a picture"),
     (["--image", "missing.png", "--question", "describe ?"], "missing.png does not exist"),
 ])
@@ -144,22 +147,105 @@ def test_kept_tokens(checkpoint):
         assert {on for word, on in words if word != "2*3"} == {True, False}
 
 
-def test_a_picture_is_read_as_training_read_it(tmp_path):
-    """Transparent pixels are white, a photograph stands upright, 16 bits are refused: generate --image as data.read_image."""
+@pytest.mark.parametrize("size, mode", [((6, 4), "RGB"), (5 * (12,), "L"), ((640, 480), "RGB"), ((30, 90), "RGBA"), ((1, 1), "P")])
+def test_any_picture_is_asked_about_as_prepare_reads_it(checkpoint, tmp_path, monkeypatch, size, mode):
+    """Any size and mode: the codes of the picture that read_image fits into white, as prepare does."""
     from PIL import Image
-    clear = Image.new("RGBA", (6, 6), (200, 0, 0, 0))
-    clear.paste((0, 0, 250, 255), (0, 0, 3, 6))
-    clear.save(tmp_path / "clear.png")
-    turned = Image.new("RGB", (6, 6), "red")
-    turned.paste((0, 0, 250), (0, 0, 6, 2))
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    turned.save(tmp_path / "turned.png", exif=exif)
-    for name in ("clear.png", "turned.png"):
-        assert torch.equal(read_png(tmp_path / name, 6, 6), read_image(tmp_path / name, 6))
-    Image.new("I;16", (6, 6), 30000).save(tmp_path / "deep.png")
-    with pytest.raises(ValueError, match="deep.png: cannot be read as a picture .mode I;16; save it with 8 bits"):
-        read_png(tmp_path / "deep.png", 6, 6)
+    size = size[:2]
+    pixels = torch.randint(256, (size[1], size[0], 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    Image.fromarray(pixels.numpy(), "RGBA").convert(mode).save(tmp_path / "p.png")
+    asked = []
+    monkeypatch.setattr(generate, "generate_text", lambda model, tokenizer, codes, *_, **__: asked.append(codes) or ["two"])
+    main(["--checkpoint", str(checkpoint), "--image", str(tmp_path / "p.png"), "--question", "two"])
+    tokenizer = Tokenizer.from_state(load_checkpoint(checkpoint)[1]["tokenizer"])
+    assert torch.equal(asked[0], tokenizer.image.encode(read_image(tmp_path / "p.png", (4, 6))[None]))
+
+
+def test_several_prompts_and_questions(checkpoint, tmp_path, capsys):
+    """Each prompt is drawn as it would be alone, into a numbered file in a new folder; each question is answered once."""
+    one, common = tmp_path / "one.png", ["--checkpoint", str(checkpoint), "--device", "cpu"]
+    main([*common, "--prompt", "two red rings", "--prompt", "red", "--explain", "--out", str(tmp_path / "new" / "x.png")])
+    assert {p.name for p in (tmp_path / "new").iterdir()} == {f"x-{n}{kept}.png" for n in (1, 2) for kept in ("", "-kept")}
+    main([*common, "--prompt", "red", "--out", str(one)])
+    assert one.read_bytes() == (tmp_path / "new" / "x-2.png").read_bytes()
+    capsys.readouterr()
+    main([*common, "--image", str(one), "--question", "two", "--question", "describe ?"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if line.startswith(("two", "describe"))] == ["two", "describe"]
+
+
+def test_the_usual_checkpoint_and_the_usual_files(checkpoint, tmp_path, monkeypatch):
+    """Without --checkpoint and --out: out/toy/checkpoint.pt, drawn.png; what is explained of a question has a file of its own."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="out/toy/checkpoint.pt does not exist: python train_toy.py makes one"):
+        main(["--prompt", "red"])
+    (tmp_path / "out" / "toy").mkdir(parents=True)
+    checkpoint.rename(tmp_path / "out" / "toy" / "checkpoint.pt")
+    main(["--prompt", "red", "--explain"])
+    drawn = (tmp_path / "drawn-kept.png").read_bytes()
+    main(["--image", "drawn.png", "--question", "two", "--explain"])
+    assert {p.name for p in tmp_path.glob("*.png")} == {"drawn.png", "drawn-kept.png", "asked-kept.png"}
+    assert (tmp_path / "drawn-kept.png").read_bytes() == drawn
+    ignored = (Path(generate.__file__).parents[1] / ".gitignore").read_text().split()
+    assert {"drawn*", "asked*"} <= set(ignored)
+
+
+# ---------------------------------------------------------------- the toy world
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """A checkpoint of the toy world whose model draws a green ring top-left alone, and answers "one"."""
+    world = World()
+    text = WordText([*world.words, "USER:", "ASSISTANT:", "4*4"])
+    tokenizer = Tokenizer("emu3", text, Palette(world.patches), world.grid, world.longest_text + 2, "USER:", "ASSISTANT:")
+    model = UnifiedTransformer(ModelConfig("emu3", 1, 2, 1, 16, 16, **tokenizer.sizes()))
+    save_checkpoint(tmp_path / "toy.pt", model, tokenizer=tokenizer.state(), world=world)
+    codes = world.draw([[Thing("green", "ring", "top-left")]], Random(0))
+    prompts = []
+    monkeypatch.setattr(generate, "generate_codes", lambda model, tokenizer, texts, *_, **__: prompts.append(texts[0]) or codes)
+    monkeypatch.setattr(generate, "generate_text", lambda model, tokenizer, codes, texts, *_, **__: prompts.append(texts[0]) or ["one"])
+    write_png(enlarged(tokenizer.image.decode(codes)[0]), tmp_path / "ring.png")
+    return ["--checkpoint", str(tmp_path / "toy.pt")], tmp_path, prompts
+
+
+@pytest.mark.parametrize("prompt, given, verdict", [
+    ("A green Ring.", "a green ring", "(right)"), ("a ring top left", "a ring top-left", "(right)"),
+    ("a green ring, a red disc", "a green ring and a red disc", "(wrong, it shows a green ring top-left)"),
+    ("two red rings", "two red rings", "(wrong, it shows a green ring top-left; no training picture shows a red ring (held out))")])
+def test_drawings_of_the_toy_are_judged(toy, capsys, prompt, given, verdict):
+    """As people write it; right or wrong by the exact checker; pairs that training held out are named."""
+    arguments, folder, prompts = toy
+    main([*arguments, "--prompt", prompt, "--out", str(folder / "a.png")])
+    assert prompts == [given] and f"a.png written: {given}  {verdict}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("question, given, verdict", [
+    ("How many rings?", "how many rings ?", "(right)"), ("how many discs ?", "how many discs ?", "(wrong, right is: zero)"),
+    ("is there a red ring?", "is there a red ring ?", "(wrong, right is: no; no training picture shows a red ring (held out))"),
+    ("what color is the disc?", "what color is the disc ?", "")])
+def test_answers_of_the_toy_are_judged(toy, capsys, question, given, verdict):
+    """The one right answer is known from the picture; where there is none, nothing is said of it."""
+    arguments, folder, prompts = toy
+    main([*arguments, "--image", str(folder / "ring.png"), "--question", question])
+    assert prompts == [given] and f"{given} one  {verdict}".strip() in map(str.strip, capsys.readouterr().out.splitlines())
+
+
+def test_words_that_the_toy_does_not_know(toy):
+    """The words that fit in that place, by kind; an empty prompt gets an example of what training shows."""
+    arguments, folder, prompts = toy
+    with pytest.raises(SystemExit, match="unknown word 'crimson' behind 'a': write one of the colors red, green, .*; shapes ring,"):
+        main([*arguments, "--prompt", "a crimson ring", "--out", str(folder / "a.png")])
+    with pytest.raises(SystemExit, match="an empty text: write 'a "):
+        main([*arguments, "--prompt", " "])
+    assert not prompts and not (folder / "a.png").exists()
+
+
+def test_an_explained_answer_of_the_toy(toy):
+    """--explain of a question writes what its layers kept (here: nothing is routed) and nothing over a drawing."""
+    arguments, folder, _ = toy
+    before = {p: p.read_bytes() for p in folder.iterdir()}
+    main([*arguments, "--image", str(folder / "ring.png"), "--question", "describe ?", "--explain", "--out", str(folder / "ring.png")])
+    assert {p: p.read_bytes() for p in folder.iterdir()} == before
 
 
 def test_explained_are_the_codes_that_were_drawn(tmp_path, monkeypatch):
@@ -183,7 +269,7 @@ def test_an_answer_up_to_the_end_is_explained(tmp_path, monkeypatch, capsys):
     tokenizer = Tokenizer("showo", ByteText(), palette, (2, 3), 30)
     config = ModelConfig("showo", 2, 2, 2, 16, 32, tokenizer.vocab_size, 20, tokenizer.image_start)
     save_checkpoint(tmp_path / "a.pt", UnifiedTransformer(config, Plan({"mmu": (.5, 1)})), tokenizer=tokenizer.state())
-    monkeypatch.setattr(generate, "generate_text", lambda *_, **__: "\ufffd" * 9)
+    monkeypatch.setattr(generate, "generate_text", lambda *_, **__: ["\ufffd" * 9])
     write_png(torch.zeros(4, 6, 3, dtype=torch.uint8), tmp_path / "a.png")
     main(["--checkpoint", str(tmp_path / "a.pt"), "--image", str(tmp_path / "a.png"), "--question", "what", "--explain",
           "--out", str(tmp_path / "b.png")])
@@ -191,9 +277,9 @@ def test_an_answer_up_to_the_end_is_explained(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("factor", (1, 2, 3, 16))
-def test_png_round_trip(tmp_path, factor):
-    """A picture comes back from a file of its own size or of a whole multiple."""
+def test_a_drawing_comes_back_pixel_by_pixel(tmp_path, factor):
+    """From a file of its own size, or enlarged as generate writes it."""
     image = torch.randint(256, (4, 6, 3), dtype=torch.uint8)
     write_png(image.repeat_interleave(factor, 0).repeat_interleave(factor, 1), tmp_path / "a.png")
-    assert torch.equal(read_png(tmp_path / "a.png", 4, 6), image)
+    assert torch.equal(read_image(tmp_path / "a.png", (4, 6)), image)
     assert enlarged(image, 96).shape == (96, 144, 3) and enlarged(image, 1).shape == (4, 6, 3)

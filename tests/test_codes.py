@@ -152,8 +152,8 @@ def test_one_code_a_picture(tmp_path):
     (["--codes", "20", "--patch", "4"], "--patch has no effect: codes has its own"),
     (["--codes", "20", "--width", "4"], "--width has no effect: --image codes trains no VQ"),
     ([], "--image codes: say how many there are, --codes 8192 for Show-o"),
-    (["--codes", "20", "--size", "4"], r"no picture to train on: 12 entries were read; the first: 0.npy: codes are "
-                                       r"integers \(4, 4\), this is int64 \(3, 3\)"),
+    (["--codes", "20", "--size", "4"], r"12 of them for: codes are integers \(4, 4\), this is "
+                                       r"int64 \(3, 3\) \(0.npy\)"),
     (["--codes", "0"], "--codes must be at least 1"), (["--codes", str(2**31)], "--codes must be below 2147483648")])
 def test_options_that_do_not_fit(tmp_path, more, message):
     """One line that says what to do."""

@@ -20,7 +20,6 @@ from unimod_mini.layer_switch import arank
 from unimod_mini.objectives import Objective
 from unimod_mini.routers import Plan
 from unimod_mini.run import share_out
-from unimod_mini.trainer import precision
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -78,7 +77,8 @@ def test_a_switched_model_is_its_dense_parent_to_the_bit(backbone):
     dense = build(tiny(backbone), dtype=torch.float32).to(DEVICE)
     inputs = moved(dict(ids=torch.randint(30, (3, 12), generator=torch.Generator().manual_seed(0))))
     switched = dense.with_plan(Plan({task: (0.999,) * 3 for task in ("t2i", "mmu")}))
-    with torch.no_grad(), precision(torch.device(DEVICE)):
+    switched.precision = dense.precision = "bf16"
+    with torch.no_grad():
         out = switched(**inputs)
         assert all(routing.selected.all() for routing in out.routing)
         assert torch.equal(out.logits, dense(**inputs).logits)
@@ -131,10 +131,8 @@ def test_recorded_losses_and_gradients_are_those_of_a_plain_pass(backbone, rule)
 
 @both
 @pytest.mark.parametrize("optimizer", ("adamw", "muon"))
-def test_a_run_learns_what_it_learns_on_the_cpu(data, tmp_path, backbone, optimizer, monkeypatch):  # noqa: F811
+def test_a_run_learns_what_it_learns_on_the_cpu(data, tmp_path, backbone, optimizer):  # noqa: F811
     """Dense, switch, UniMoD in float32: losses near those of the CPU, stopped and resumed too."""
-    monkeypatch.setattr(full, "precision", lambda device: torch.autocast(device.type, enabled=False))
-    monkeypatch.setattr("unimod_mini.run.precision", full.precision)
     given = [*TINY, "--steps", "6", "--dense", "0.5", "--optimizer", optimizer, "--save-every", "2"]
     for device in ("cpu", DEVICE):
         run(tmp_path / device, data[backbone], *given, "--device", device)

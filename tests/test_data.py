@@ -2,14 +2,16 @@
 import io
 import json
 import struct
+import subprocess
 import sys
+from random import Random
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from unimod_mini import data
+from unimod_mini import Palette, World, data
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
@@ -165,6 +167,55 @@ def test_aspect_ratio_is_kept(tmp_path_factory, width, height, size):
     assert (top, left) == ((size - rows) // 2, (size - columns) // 2)
 
 
+@settings(max_examples=40, deadline=None)
+@given(width=st.integers(1, 200), height=st.integers(1, 200), size=st.tuples(*2 * [st.integers(1, 40)]))
+@example(width=200, height=1, size=(32, 7))
+@example(width=60, height=30, size=(10, 20))
+def test_a_picture_fits_into_a_rectangle(tmp_path_factory, width, height, size):
+    """Size (H, W): one side fills it, the other is in proportion (at least 1), margins equal; (S, S)
+    is S."""
+    Image = pytest.importorskip("PIL.Image")
+    path = tmp_path_factory.mktemp("rectangle") / "a.png"
+    Image.new("RGB", (width, height), "black").save(path)
+    image = data.read_image(path, size)
+    dark = image[..., 0] == 0                              # (H, W)
+    rows, columns = dark.any(1).sum().item(), dark.any(0).sum().item()
+    scale = min(size[0] / height, size[1] / width)
+    assert image.shape == (*size, 3) and dark.sum() == rows * columns
+    assert abs(rows - height * scale) <= 0.5 + 1e-6 or rows == 1
+    assert abs(columns - width * scale) <= 0.5 + 1e-6 or columns == 1
+    assert rows == size[0] or columns == size[1]
+    top, left = dark.any(1).int().argmax().item(), dark.any(0).int().argmax().item()
+    assert (top, left) == ((size[0] - rows) // 2, (size[1] - columns) // 2)
+    assert torch.equal(data.read_image(path, 9), data.read_image(path, (9, 9)))
+
+
+def test_a_rectangle_of_a_large_photograph(tmp_path, Image):
+    """A wide JPEG is read in full where its rows decide: 1024x16 in (4, 1024) becomes 256x4."""
+    noise = torch.randint(256, (16, 1024, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    Image.fromarray(noise.numpy()).save(tmp_path / "a.jpg", quality=90)
+    Image.open(tmp_path / "a.jpg").save(tmp_path / "a.png")
+    small, full = (data.read_image(tmp_path / name, (4, 1024)) for name in ("a.jpg", "a.png"))
+    assert torch.equal(small, full)
+
+
+@pytest.mark.parametrize("k", range(2, 17))
+def test_a_drawing_is_read_back(tmp_path, k):
+    """An enlarged drawing of the toy world, as `generate` writes it, has the codes that it was drawn
+    from: every patch of the world is among them."""
+    Image = pytest.importorskip("PIL.Image")
+    for world in (World(), World(side=3, margin=1)):
+        rng, codec = Random(0), Palette(world.patches)
+        scenes = [world.scene(rng, count=world.max_objects, held_out=i % 2) for i in range(60)]
+        codes = world.draw(scenes, rng)
+        assert codes.unique().numel() == len(world.patches)
+        for image, drawn in zip(codec.decode(codes), codes):
+            large = image.repeat_interleave(k, 0).repeat_interleave(k, 1)
+            Image.fromarray(large.numpy()).save(tmp_path / "a.png")
+            read = data.read_image(tmp_path / "a.png", image.shape[:2])
+            assert torch.equal(codec.encode(read[None])[0], drawn)
+
+
 def test_resize_is_antialiased(tmp_path, Image):
     """A fine checkerboard shrinks to an even grey, not to whichever pixels happen to be picked."""
     board = Image.new("L", (64, 64))
@@ -304,6 +355,33 @@ def test_unreadable_pictures_are_named(tmp_path, Image, damage):
     write_folder(tmp_path, [{"file_name": "bad.png", "text": "a"}])
     with pytest.raises(ValueError, match=r"bad\.png: cannot be read"):
         data.load_image_folder(tmp_path)
+
+
+@pytest.mark.parametrize("format", data.FORMATS)
+def test_ordinary_formats_are_read(tmp_path, Image, format):
+    """Whatever the file is called: its first bytes say what it is."""
+    Image.new("RGB", (8, 8), RED).save(tmp_path / "a", format)
+    image = data.read_image(tmp_path / "a", 4).int()
+    assert (image - torch.tensor(RED)).abs().max() < 4
+
+
+def test_a_photograph_of_a_telephone_is_read(tmp_path, Image):
+    """An MPO file is a JPEG with a second picture, and is called .jpg."""
+    Image.new("RGB", (8, 8), RED).save(tmp_path / "a.jpg", "MPO", save_all=True,
+                                       append_images=[Image.new("RGB", (8, 8), BLUE)])
+    assert (data.read_image(tmp_path / "a.jpg", 4).int() - torch.tensor(RED)).abs().max() < 4
+
+
+def test_a_picture_that_is_a_program(tmp_path, Image, monkeypatch):
+    """PostScript, which Pillow would give to Ghostscript, is refused; the error says what is read, and
+    is the same for an open file, wherever that lies in memory."""
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("started a program"))
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+    (tmp_path / "a.jpg").write_bytes(script)
+    message = "a.jpg: cannot be read as a picture .none of JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM.$"
+    for file in (tmp_path / "a.jpg", io.BytesIO(script)):
+        with pytest.raises(ValueError, match=message):
+            data.read_image(file, 4, "a.jpg")
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,7 +1,9 @@
 """train_full.py: the same numbers in one process and in many, runs that survive anything, and errors that say what to do."""
+import io
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -20,8 +22,9 @@ from hypothesis import strategies as st
 import train_full as full
 from helpers import build, plans, tiny
 from launch import changed, finish, start
-from unimod_mini import (Palette, Plan, Tokenizer, UnifiedTransformer, WordText, checkpoints, count_flops, flops_ratio,
+from unimod_mini import (ByteText, Palette, Plan, Tokenizer, UnifiedTransformer, WordText, checkpoints, count_flops, flops_ratio,
                          generate_image, journal, load_checkpoint, save_checkpoint)
+from unimod_mini.console import command
 from unimod_mini.distributed import Ranks, freeze_unused
 from unimod_mini.journal import Journal, cut_back
 from unimod_mini.objectives import IGNORE, TASK_WEIGHTS, Objective, task_losses
@@ -30,7 +33,8 @@ from unimod_mini.settings import overrides
 from unimod_mini.shards import write_shards
 from unimod_mini.tokenizer import Batch
 
-TINY = ["--preset", "tiny", "--t2i", "4", "--mmu", "4", "--log-every", "1", "--eval-samples", "8"]
+TINY = ["--preset", "tiny", "--t2i", "4", "--mmu", "4", "--log-every", "1", "--eval-samples", "8",
+        "--precision", "float32"]
 SHORT = [*TINY, "--steps", "10", "--dense", "0.6"]
 STOP = [*TINY, "--steps", "6", "--dense", "0.5", "--ema", "0.9"]
 
@@ -179,11 +183,14 @@ def test_stopped_anywhere_and_resumed_gives_the_same_bits(data, whole, tmp_path)
         assert result["step"] == 6 and same_weights(out, whole) and rows(out, *names) == rows(whole, *names)
 
 
-def test_a_sigterm_saves_the_step_at_hand(data, whole, tmp_path, capsys):
-    """Nothing is lost, model.pt is not written yet, and the run that goes on ends as the one that nothing stopped."""
-    stopped = run(tmp_path, data["showo"], *STOP, changes=["dropout", ("term", [3], 0)])
+@pytest.mark.parametrize("kind", ("term", "int"))
+def test_a_signal_saves_the_step_at_hand(data, whole, tmp_path, capsys, kind):
+    """SIGTERM or Ctrl-C: nothing is lost, model.pt is not written yet, and the run that goes on ends as the one that nothing
+    stopped. Behind the run Ctrl-C is Python's again."""
+    stopped = run(tmp_path, data["showo"], *STOP, changes=["dropout", (kind, [3], 0)])
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert stopped["step"] == 3 and not (tmp_path / "model.pt").exists()
-    assert "stopped by SIGTERM after 3 steps and saved: --resume auto goes on" in capsys.readouterr().out
+    assert "stopped by a signal after 3 steps and saved: --resume auto goes on" in capsys.readouterr().out
     run(tmp_path, data["showo"], *STOP, "--resume", "auto", changes=["dropout"])
     assert same_weights(tmp_path, whole)
 
@@ -199,7 +206,7 @@ def test_a_sigterm_in_the_last_dense_step_does_not_wait_for_the_switch(data, who
 @pytest.mark.parametrize("parallel, step", (("ddp", 2), ("fsdp", 4)))
 def test_two_processes_stopped_and_resumed_give_the_same_bits(many, parallel, step):
     """A SIGTERM of one rank stops both after the same step; each goes on with its own dropout."""
-    assert f"stopped by SIGTERM after {step} steps" in (many / f"{parallel}-stopped" / "rank-0.log").read_text()
+    assert f"stopped by a signal after {step} steps" in (many / f"{parallel}-stopped" / "rank-0.log").read_text()
     assert same_weights(many / f"{parallel}-stopped", many / f"{parallel}-whole")
     assert rows(many / f"{parallel}-stopped", "loss_t2i", "norm") == rows(many / f"{parallel}-whole", "loss_t2i", "norm")
 
@@ -253,29 +260,33 @@ def test_a_rank_that_fails_ends_the_job(data, tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="children are found in /proc")
-@pytest.mark.parametrize("target, code", (("process", 0), ("launcher", 1)))
-def test_torchrun_and_a_sigterm(data, tmp_path, target, code):
-    """torchrun train_full.py: a SIGTERM of one of its two processes, or of torchrun itself, saves a checkpoint. The processes
-    end with 0; torchrun says 1 of a signal that it got itself."""
+@pytest.mark.parametrize("target, code", (("process", 0), ("launcher", 1), ("terminal", 1)))
+def test_torchrun_and_a_signal(data, tmp_path, target, code):
+    """torchrun train_full.py: a SIGTERM of one of its two processes, or of torchrun itself, or a Ctrl-C, which a terminal sends
+    to all of them, saves a checkpoint. The processes end with 0; torchrun says 1 of a signal that it got itself."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train_full.py", "--data",
                str(data["showo"]), "--out", str(tmp_path), *TINY, "--steps", "100000", "--dense", "1"]
     process = subprocess.Popen(command, cwd=Path(full.__file__).parent, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
     shown = []
     for text in process.stdout:
         shown.append(text)
-        if text.startswith("step 2/"):
+        if text.startswith("step 2/") and target == "terminal":
+            os.killpg(process.pid, signal.SIGINT)
+        elif text.startswith("step 2/"):
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
             os.kill(process.pid if target == "launcher" else int(children[-1]), signal.SIGTERM)
     assert process.wait(60) == code, "".join(shown)
-    stopped = next(text for text in shown if text.startswith("stopped by SIGTERM after"))
-    assert checkpoints.broken(tmp_path / "checkpoints" / f"step-{int(stopped.split()[4]):08d}") is None
+    stopped = next(text for text in shown if text.startswith("stopped by a signal after"))
+    assert checkpoints.broken(tmp_path / "checkpoints" / f"step-{int(stopped.split()[5]):08d}") is None
 
 
 # ---------------------------------------------------------------- checkpoints
 
 def damage(path, how):
-    """Cut a file of a checkpoint short, or take one away."""
+    """Cut a file of a checkpoint short, take one away, or leave the random state's size alone, as a power cut does."""
+    if how == "zeros":
+        return (path / "rng-0.pt").write_bytes(bytes((path / "rng-0.pt").stat().st_size))
     file = path / how if (path / how).exists() else next(path.glob("*.distcp"))
     if how == "gone":
         file.unlink()
@@ -283,7 +294,7 @@ def damage(path, how):
         file.write_bytes(file.read_bytes()[:-5])
 
 
-@pytest.mark.parametrize("how", ("run.json", "rng-0.pt", ".metadata", "tensors", "gone"))
+@pytest.mark.parametrize("how", ("run.json", "rng-0.pt", ".metadata", "tensors", "gone", "zeros"))
 def test_a_checkpoint_cut_short_is_passed_over(data, whole, tmp_path, capsys, how):
     """The newest checkpoint lacks bytes or a file: a warning names it, the one before it is taken, and the end is the same."""
     shutil.copytree(whole, tmp_path / "out")
@@ -291,6 +302,23 @@ def test_a_checkpoint_cut_short_is_passed_over(data, whole, tmp_path, capsys, ho
     run(tmp_path / "out", data["showo"], *STOP, "--resume", "auto", changes=["dropout"])
     out, err = capsys.readouterr()
     assert "warning: " in err and "step-00000006 was cut short" in err and "step-00000005, 5 of 6 steps done" in out
+    assert same_weights(tmp_path / "out", whole)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="a limit on a file's size stands for the full disk")
+def test_a_full_disk_ends_a_run_in_one_line(data, whole, tmp_path):
+    """It is said so; the checkpoints that were whole are, and nothing of the new one takes room."""
+    shutil.copytree(whole, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "checkpoints" / "step-00000006")
+    before, limits = set((tmp_path / "out").rglob("*")), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(SystemExit, match="error: .*step-00000006.tmp: File too large$"), command():
+            run(tmp_path / "out", data["showo"], *STOP, "--resume", "auto", changes=["dropout"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert set((tmp_path / "out").rglob("*")) == before
+    run(tmp_path / "out", data["showo"], *STOP, "--resume", "auto", changes=["dropout"])
     assert same_weights(tmp_path / "out", whole)
 
 
@@ -522,7 +550,7 @@ def test_the_settings_are_frozen():
         "optimizer": (str, "adamw"), "lr": (float, 1e-3), "muon_lr": (float, 0.02), "weight_decay": (float, 0.1),
         "warmup": (int, 100), "decay": (str, "cosine"), "clip": (float, 1.0), "ema": (float, 0.0), "parallel": (str, "ddp"),
         "compile": (bool, False), "graphs": (bool, False), "activation_checkpointing": (bool, False), "device": (str, ""),
-        "timeout": (float, 30.0), "log_every": (int, 10), "eval_every": (int, 500), "eval_samples": (int, 256),
+        "precision": (str, "auto"), "timeout": (float, 30.0), "log_every": (int, 10), "eval_every": (int, 500), "eval_samples": (int, 256),
         "sample_every": (int, 500), "save_every": (int, 500), "keep_checkpoints": (int, 3)}
     argv = "--preset tiny --data D --out O --steps 7 --save-every 3 --seed 2 --resume auto --plan P".split()
     config = full.parse(argv)
@@ -738,6 +766,29 @@ def test_the_rate_rises_and_falls(steps, warmup, decay, share):
         else:
             assert all(a >= b for a, b in zip(rates[warmup:], rates[warmup + 1:]))
             assert rates[-1] <= 1 / len(rates) + 1e-9
+
+
+def test_figures_that_are_not_finite_are_null(data, tmp_path):
+    """Every line of metrics.jsonl is JSON for strict readers, and so is the run.json of a checkpoint."""
+    run(tmp_path, data["emu3"], *TINY, "--steps", "3", "--dense", "1", changes=[("nan", [2], 0)])
+    held = Journal(tmp_path, 3)
+    held.write({"step": 3, "held_all": float("nan"), "more": [float("inf")]}), held.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    read = [json.loads(line, parse_constant=lambda name: 1 / 0) for line in lines]
+    assert [row["norm"] is None for row in read if "norm" in row] == [False, True, False]
+    assert read[-1] == {"step": 3, "held_all": None, "more": [None]}
+
+
+@pytest.mark.parametrize("encoding", ("latin-1", "ascii"))
+def test_captions_that_the_terminal_cannot_print(tmp_path, monkeypatch, encoding):
+    """A sheet of samples ends no run: escapes in the terminal, the letters themselves in its .txt."""
+    tokenizer = Tokenizer("emu3", ByteText(), Palette(torch.arange(84).view(7, 2, 2, 3)), (2, 2), 16, "U: ", " A: ")
+    write_shards(tmp_path / "data", tokenizer, {"train": {"t2i": [(f"猫 {i}", "", torch.full((2, 2), i)) for i in range(7)]}})
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
+    with command():
+        run(tmp_path / "out", tmp_path / "data", *TINY[:2], "--t2i", "2", "--mmu", "0", "--steps", "2", "--dense", "1", "--sample-every", "1")
+    assert rb"\u732b" in sys.stdout.buffer.getvalue() and (tmp_path / "out" / "model.pt").exists()
+    assert "猫" in (tmp_path / "out" / "samples" / "step-00000001.txt").read_text(encoding="utf-8")
 
 
 @given(st.lists(st.integers(0, 9)), st.integers(0, 9), st.booleans())

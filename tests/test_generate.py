@@ -1,5 +1,6 @@
 """unimod_mini.generate: fast decoding against slow twins, with tiny random models in float64."""
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -116,7 +117,7 @@ class Script(nn.Module):
     def __init__(self, config, ids):
         super().__init__()
         self.config, self.script, self.fed, self.plan = config, ids, [], Plan.dense(config.n_layer)
-        self.weight = nn.Parameter(torch.zeros(()))
+        self.weight, self.autocast = nn.Parameter(torch.zeros(())), nullcontext
 
     def forward(self, ids, **_):
         self.fed.append(ids.clone())
@@ -162,6 +163,37 @@ def test_top_k_and_top_p(seed, k, p, temperature):
     assert drawn <= set(order[:min(k, nucleus + 1)])       # a sum that meets p to the last bit may count either way
     assert {i for i, share in zip(order, shares) if i in allowed and share > 0.02} <= drawn
     assert sample(logits, temperature, None, 1).item() == sample(logits, temperature, None, None, 1e-9).item() == order[0]
+
+
+def kept_by(monkeypatch, logits, **options):
+    """How many ids of one row `sample` leaves to chance."""
+    seen, real = [], torch.multinomial
+    monkeypatch.setattr(torch, "multinomial", lambda p, *given, **more: seen.append(int((p > 0).sum())) or real(p, *given, **more))
+    sample(logits, 1.0, torch.Generator().manual_seed(0), **options)
+    monkeypatch.undo()
+    return seen[0]
+
+
+def test_top_p_ends_where_it_is_reached(monkeypatch):
+    """top_p = 1 drops no id, also where the float32 sum reaches 1 early; ids that reach top_p exactly end there."""
+    many = 3 * torch.randn(1, 184_622, generator=torch.Generator().manual_seed(0))
+    assert kept_by(monkeypatch, many) == kept_by(monkeypatch, many, top_p=1.0) == int((many.softmax(-1) > 0).sum())
+    few = torch.tensor([[.3, .1, .1, .5]]).log()
+    assert [kept_by(monkeypatch, few, top_p=p) for p in (.49, .5, .51, .79, .8, .81, .9, .95)] == [1, 1, 2, 2, 2, 3, 3, 4]
+    assert [kept_by(monkeypatch, few, top_p=.8, top_k=k) for k in (1, 2, 4)] == [1, 2, 2]
+
+
+@both
+def test_weights_that_are_not_numbers_are_named(backbone):
+    """Before anything is drawn or answered, at any temperature: the first weight of them, wherever it is."""
+    tokens, model = make(backbone)
+    for name in (f"routers.1.{PLAN.routed(1)[0]}.score.weight", "blocks.0.mlp.down.weight", "embed.weight"):
+        with torch.no_grad():
+            dict(model.named_parameters())[name].view(-1)[0] = torch.nan if "mlp" in name else torch.inf
+        for draw in (lambda: generate_text(model, tokens, pictures(tokens, 1)[0], "a"), lambda: generate_image(model, tokens, "a"),
+                     lambda: generate_image(model, tokens, "a", temperature=0)):
+            with pytest.raises(ValueError, match=f"of the model's weights are not finite, {name} is the first: take a checkpoint"):
+                draw()
 
 
 @both

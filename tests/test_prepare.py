@@ -2,7 +2,9 @@
 import io
 import json
 import os
+import shutil
 import subprocess
+import tarfile
 import tracemalloc
 from collections import Counter
 from pathlib import Path
@@ -23,8 +25,7 @@ from unimod_mini.data import read_image
 from unimod_mini.emoji import CREDITS
 from unimod_mini.prepare import main, parser
 from unimod_mini.shards import Shards
-from unimod_mini.show import read_png
-from unimod_mini.sources import DESCRIBE, Skipped, read_source, share
+from unimod_mini.sources import DESCRIBE, Skipped, fingerprint, read_source, share
 
 Image = pytest.importorskip("PIL.Image")
 TINY = "--size 8 --image palette --codes 16 --workers 1".split()
@@ -97,8 +98,8 @@ def test_the_flags_are_frozen():
              if a.dest not in ("help", "workers")}
     assert flags == {"sources": None, "out": None, "--backbone": "emu3", "--size": 32, "--image": "vq", "--patch": None,
                      "--codes": None, "--width": None, "--vq-steps": None, "--text": None, "--text-length": None,
-                     "--held": 0.05, "--limit": None, "--scenes": None, "--image-root": None, "--seed": 0,
-                     "--device": None}
+                     "--held": 0.05, "--limit": None, "--scenes": None, "--image-root": None, "--changed": None,
+                     "--seed": 0, "--device": None}
     assert prepare.DEFAULTS == {"patch": 4, "codes": 1024, "width": 48, "vq_steps": 2000, "scenes": 20_000}
     assert all(f"({value})" in parser().format_help() for value in prepare.DEFAULTS.values())
     assert parser().parse_args(["a", "b", "c"]).sources == ["a", "b"] and parser().parse_args(["a", "b"]).workers >= 1
@@ -117,7 +118,7 @@ def test_workers_are_the_cores_that_may_be_used(monkeypatch):
     (["bad.json", "out"], "error: bad.json is not JSON"),
     (["object.json", "out"], "error: object.json must hold a list of conversations, it holds a dict"),
     (["unnamed", "out"], "captions.csv: the first line must name the columns file_name and text, it has"),
-    (["hopeless", "out"], "error: no picture to train on: 1 entries were read; the first: metadata.jsonl, line 1"),
+    (["hopeless", "out"], "error: nothing to train on: 1 entries were read, 0 held out and 1 left out, 1 of them for: not JSON"),
     (["x" * 300, "out"], "error: .*xxx"),
     (["photos", "out", "--vq-steps", "9"], "error: --vq-steps has no effect: --image palette trains no VQ"),
     (["photos", "out", "--width", "9"], "error: --width has no effect: --image palette trains no VQ"),
@@ -137,6 +138,7 @@ def test_workers_are_the_cores_that_may_be_used(monkeypatch):
     (["photos", "photos"], "error: photos holds other things: choose a new or an empty folder"),
     (["photos", "notes.txt"], "error: notes.txt holds other things"),
     (["emoji", "photos", "out"], "error: emoji is a data set of its own"),
+    (["emoji", "out", "--changed", "add"], "error: --changed has no effect: emoji is always the same"),
     (["emoji", "out", "--size", "30"], "error: scenes are made of halves and quarters")])
 def test_errors_in_one_line(tmp_path, monkeypatch, arguments, message):
     """What cannot be done ends the program with one line that says why, and writes no data set."""
@@ -309,20 +311,111 @@ def test_a_csv_that_breaks_off(tmp_path):
 
 
 def test_a_damaged_tar_says_so_wherever_it_breaks(tmp_path):
-    """Cut in a file, in a header or between two files, or with one byte of a header changed: what is before counts, and
-    the rest is listed. A whole tar, also an empty one, lists nothing."""
+    """Cut in a file, in a header or between two files: what is before counts, and the rest is listed.
+    A whole tar, also an empty one, lists nothing."""
     whole = tar_of(tmp_path / "whole.tar", web_files(range(6))).read_bytes()
-    heads = [start for start in range(0, len(whole), 512) if whole[start + 257:start + 262] == b"ustar"]
-    third = heads[6]                                       # three files a sample
-    for number, bytes_ in enumerate((whole[:third], whole[:third + 100], whole[:third + 600],
-                                     whole[:third + 5] + b"?" + whole[third + 6:])):
-        (tmp_path / f"{number}.tar").write_bytes(bytes_)
-        *items, last = read_source(tmp_path / f"{number}.tar")
-        assert [item.key for item in items] == [f"{number}.tar/{item.key.split('/', 1)[1]}" for item in read_source(
-            tmp_path / "whole.tar")][:2]
-        assert isinstance(last, Skipped) and last.why.startswith("the rest of it cannot be read")
+    third = starts_of(tmp_path / "whole.tar")[6]           # three files a sample
+    for cut, why in ((third, "there is no end mark: perhaps it is cut short"),
+                     (third + 100, "there is no end mark"),
+                     (third + 600, "the rest of it cannot be read (unexpected end of data)")):
+        (tmp_path / "cut.tar").write_bytes(whole[:cut])
+        *items, last = read_source(tmp_path / "cut.tar")
+        assert [item.texts[0][1] for item in items] == CAPTIONS[:2]
+        assert last.key == "cut.tar" and last.why.startswith(why)
     assert len(list(read_source(tmp_path / "whole.tar"))) == 6
     assert list(read_source(tar_of(tmp_path / "empty.tar", {}))) == []
+
+
+def starts_of(tar):
+    """The place of every header."""
+    with tarfile.open(tar) as archive:
+        return [member.offset for member in archive]
+
+
+def read_and_listed(tar):
+    """The captions of what is read, and {key: why} of what is not."""
+    entries = list(read_source(tar))
+    listed = {entry.key: entry.why for entry in entries if isinstance(entry, Skipped)}
+    return [entry.texts[0][1] for entry in entries if not isinstance(entry, Skipped)], listed
+
+
+@pytest.mark.parametrize("damage", (b"?" * 512, bytes(512)))
+def test_what_lies_behind_damage_is_read(tmp_path, damage):
+    """A header that is overwritten takes its own file along and is listed by its place; no file before
+    it goes with one behind it, and the rest is read."""
+    files = web_files(range(4))
+    whole = bytearray(tar_of(tmp_path / "a.tar", files).read_bytes())
+    starts = starts_of(tmp_path / "a.tar")
+    whole[starts[4]:starts[4] + 512] = damage              # of the caption, between picture and .json
+    (tmp_path / "a.tar").write_bytes(whole)
+    entries = list(read_source(tmp_path / "a.tar"))
+    assert [entry.texts[0][1] for entry in entries[:1] + entries[4:]] == [CAPTIONS[i] for i in (0, 2, 3)]
+    bytes_ = f"bytes {starts[4]} to {starts[5]} are no entry: it is damaged, or compressed"
+    assert entries[1:4] == [("a.tar/000000001", "no caption"), ("a.tar", bytes_),
+                            ("a.tar/000000001", "no picture among .json")]
+
+
+def test_a_compressed_tar_is_refused(tmp_path):
+    """Pictures are read by their place in a tar, and in a compressed one they have none."""
+    noise = np.random.default_rng(0).bytes(2000)
+    tar_of(tmp_path / "a.tar", {"0.png": noise, "0.txt": b"noise"}, "w:gz")
+    size = (tmp_path / "a.tar").stat().st_size
+    why = f"bytes 0 to {size} are no entry: it is damaged, or compressed"
+    assert list(read_source(tmp_path / "a.tar")) == [("a.tar", why)]
+
+
+def test_archives_one_behind_the_other(tmp_path):
+    """cat a.tar b.tar: the samples of both, also where one archive is empty."""
+    parts = [tar_of(tmp_path / "part.tar", web_files(those)).read_bytes()
+             for those in (range(2), (), range(2, 4))]
+    (tmp_path / "a.tar").write_bytes(b"".join(parts))
+    assert read_and_listed(tmp_path / "a.tar") == (CAPTIONS[:4], {})
+
+
+def test_a_header_for_all_members_is_no_damage(tmp_path):
+    """`git archive` begins with a header that belongs to every file, and holds a commit."""
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT,
+                      pax_headers={"comment": "1edc134"}) as archive:
+        for name, content in web_files(range(2)).items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    assert read_and_listed(tmp_path / "a.tar") == (CAPTIONS[:2], {})
+
+
+def test_samples_of_one_name_side_by_side(tmp_path):
+    """A suffix that comes again begins another sample: five pictures are called image.png."""
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for i in range(5):
+            for suffix, content in (("png", png(i)), ("txt", CAPTIONS[i].encode())):
+                member = tarfile.TarInfo(f"image.{suffix}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    assert read_and_listed(tmp_path / "a.tar") == (CAPTIONS[:5], {})
+
+
+@pytest.mark.parametrize("kind, why", ((tarfile.LNKTYPE, "1.png is a link: store the file itself"),
+                                       (tarfile.SYMTYPE, "1.png is a link: store the file itself"),
+                                       (tarfile.FIFOTYPE, "1.png is no plain file: store the file itself"),
+                                       (tarfile.GNUTYPE_SPARSE, "1.png is no plain file: store the file itself")))
+def test_links_are_listed(tmp_path, kind, why):
+    """A member whose bytes are elsewhere leaves its sample out, by name; a folder is nothing."""
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name, content in (web_files([0]) | {"1.png": b"", "1.txt": b"one"}).items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            member.type, member.linkname = (kind, "0.png") if name == "1.png" else (tarfile.REGTYPE, "")
+            archive.addfile(member, io.BytesIO(content))
+        folder = tarfile.TarInfo("folder")
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+    assert read_and_listed(tmp_path / "a.tar") == (CAPTIONS[:1], {"a.tar/1": why})
+
+
+def test_hidden_files_part_no_sample(tmp_path):
+    """A tar of macOS has ._0.png between 0.png and 0.txt: it is listed, and the sample is whole."""
+    tar = tar_of(tmp_path / "a.tar", {"p/0.png": png(0), "p/._0.png": b"?", "p/0.txt": b"zero"})
+    assert read_and_listed(tar) == (["zero"], {"a.tar/p/._0.png": "a hidden file belongs to no sample"})
 
 
 def test_a_table_with_captions_that_would_be_wrong(tmp_path):
@@ -365,15 +458,56 @@ def test_a_caption_is_the_same_in_every_format(tmp_path):
     assert [item.texts[0][1] for source in (photos, tar) for item in read_source(source)] == ["a cat"] * 2
 
 
-def test_a_source_that_was_not_there_yet(tmp_path):
-    """Pictures that could not be read end the run before they are taken for read."""
+def test_pictures_that_were_not_there_yet(tmp_path):
+    """No picture can be read: an error. When they are there, --changed anew reads them."""
     photos = folder_of(tmp_path / "photos")
     names = [photos / f"{i}.png" for i in range(12)]
     for name in names:
         name.rename(name.with_suffix(".away"))
-    with pytest.raises(SystemExit, match="error: no picture to train on: 12 entries were read; the first: .* does not exist"):
-        run(photos, tmp_path / "out", *TINY)
-    assert not (tmp_path / "out" / "work" / "pictures.done").exists()
+    said = "error: nothing to train on: 12 entries were read, 0 held out and 12 left out, 12 of them for: .*0.png does not"
+    for _ in range(2):
+        with pytest.raises(SystemExit, match=said):
+            run(photos, tmp_path / "out", *TINY)
+    for name in names:
+        name.with_suffix(".away").rename(name)
+    run(photos, tmp_path / "out", *TINY, "--changed", "anew")
+    assert sum(Shards(tmp_path / "out").about["pictures"].values()) == 12
+
+
+def test_the_most_frequent_reason_is_named(tmp_path):
+    """Reasons are counted by their words: two captions in numbers are one, three links another."""
+    skipped = [("a", "no caption"), ("b", "1.png is a link"), ("c", "no caption"), ("d", "'no caption' is a link"),
+               ("e", '"what\'s this" is a link')]
+    assert prepare.nothing("5 entries", 0, skipped) == (
+        "nothing to train on: 5 entries were read, 0 held out and 5 left out, 3 of them for: 1.png is a link (b)")
+    folder_of(tmp_path / "p", CAPTIONS[:2])
+    with pytest.raises(SystemExit, match="error: nothing to train on: 2 entries were read, 2 held out and 0 left out$"):
+        run(tmp_path / "p", tmp_path / "out", *TINY, "--held", 0.99999)
+
+
+@pytest.mark.parametrize("held", (0, 0.4))
+def test_no_text_to_train_on(tmp_path, monkeypatch, held):
+    """All training texts are over the budget: an error, also when a held-out one fits; nothing looks
+    finished then, not even when the second try is killed before its end."""
+    captions = ["short" if is_held(i) and held else "far too long for it" for i in range(12)]
+    folder_of(tmp_path / "p", captions)
+    with open(tmp_path / "p" / "metadata.jsonl", "a") as file:
+        file.write("broken\n" * 30)                        # no reason why nothing is left
+    command = [tmp_path / "p", tmp_path / "out", *TINY, "--held", held, "--text-length", 16]
+    fit = 2 * captions.count("short")                      # drawn and described
+    said = f"24 texts were read, {fit} held out and {24 - fit} left out, {24 - fit} of them for: .* over the budget of 16"
+    with pytest.raises(SystemExit, match=said):
+        run(*command)
+    out = tmp_path / "out"
+    assert not (out / "dataset.json").exists() and "over the budget" in (out / "skipped.txt").read_text()
+    real = Path.unlink
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda path, **how: (
+            real(path, **how) if how or path.name != "dataset.json" else 1 / 0))
+        with pytest.raises(ZeroDivisionError):
+            run(*command)
+    with pytest.raises(SystemExit, match=said):
+        run(*command)
 
 
 def test_suffixes_in_capitals(tmp_path):
@@ -476,7 +610,7 @@ def test_the_training_of_a_codec_goes_on(tmp_path, monkeypatch):
         return real(self, latents)
 
     monkeypatch.setattr(VQ, "quantize", stops)
-    with pytest.raises(SystemExit, match="stopped"):
+    with pytest.raises(SystemExit, match="130"):
         run(photos, tmp_path / "twice", *tiny, "--vq-steps", 5)
     assert (tmp_path / "twice" / "work" / "training.pt").exists()
     with monkeypatch.context() as patch:                   # killed before training.pt is removed
@@ -565,19 +699,20 @@ def test_stopped_anywhere_and_resumed(tmp_path, monkeypatch, capsys, where):
             patch.setattr(chunks, "decode", stops("decode", int(at)))
         elif where == "save pixels":
             patch.setattr(chunks.np, "save", stops("save", 2))
-        elif where in ("save codec", "skipped"):
-            last = {"save codec": "codec.pt", "skipped": "skipped.txt"}[where]
+        elif where == "skipped":
             patch.setattr(prepare, "whole_file", lambda path, *mode: (
-                stops("whole") if path.name == last else real["whole"])(path, *mode))
+                stops("whole") if path.name == "skipped.txt" else real["whole"])(path, *mode))
         elif name == "codes":
             patch.setattr(Palette, "encode", stops("codes", 2))
         else:
-            function = {"fit": "fit_codec", "judge": "judge_codec", "shards": "write_shards"}[name]
+            function = {"fit": "fit_codec", "judge": "judge_codec", "shards": "write_shards",
+                        "save": "save_data"}[name]
             patch.setattr(prepare, function, stops(name))
-        with pytest.raises(SystemExit, match="stopped: the same command goes on from here"):
+        with pytest.raises(SystemExit, match="130"):
             run(photos, tmp_path / "twice", *TINY, "--held", 0.4)
+    assert "stopped: the same command goes on from here\n" in capsys.readouterr().err
     work = tmp_path / "twice" / "work"
-    done = {path.name: path.stat().st_mtime_ns for path in work.iterdir() if path.suffix != ".tmp"}
+    done = {path.name: path.stat().st_mtime_ns for path in work.iterdir() if path.suffix not in (".tmp", ".json")}
     run(photos, tmp_path / "twice", *TINY, "--held", 0.4)
     for name, time in done.items():
         assert (work / name).stat().st_mtime_ns == time, name
@@ -607,21 +742,172 @@ def test_one_path_by_two_names(tmp_path, monkeypatch):
         run(dot + "photos", dot + "q.json", "out", *TINY, "--image-root", dot + "photos")
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda lines: lines[3:], "out was begun, 0.png is now 3.png: choose another folder"),
-    (lambda lines: lines[:4], "out was begun, 4.png is now its end: choose another folder"),
-    (lambda lines: [line.replace('"text": "', '"text": "new ') for line in lines],
-     "out was begun, 0.png is now another text: choose another folder")])
-def test_a_source_that_changed_is_refused(tmp_path, change, message):
-    """Going on after the second chunk, a run names the first finished entry that is another one now."""
+CHANGES = {"more": lambda photos: add_picture(photos, 12),
+           "a name": lambda photos: (photos / "x").write_bytes(b""),
+           "a size": lambda photos: (photos / "3.png").write_bytes(png(3) + b" "),
+           "a time": lambda photos: os.utime(photos / "3.png"),
+           "a link": lambda photos: (photos / "5.png").unlink() or (photos / "5.png").symlink_to("4.png"),
+           "less": lambda photos: (photos / "3.png").unlink()}
+
+
+def add_picture(photos, i):
+    """One more line and its picture."""
+    (photos / f"{i}.png").write_bytes(png(i))
+    with open(photos / "metadata.jsonl", "a") as file:
+        file.write(json.dumps({"file_name": f"{i}.png", "text": f"picture number {i}"}) + "\n")
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("state", ("finished", "without work", "read", "half read"))
+def test_a_source_that_changed_is_refused(tmp_path, change, state):
+    """Whatever of its files is another one, and however far the run came, it is not gone on with, nor
+    finished; what is there stays as it is. With the files as they were it is."""
     photos = folder_of(tmp_path / "photos")
+    shutil.copytree(photos, tmp_path / "kept")
     run(photos, tmp_path / "out", *TINY)
-    for name in ("skipped.txt", "work/pictures.done", "work/records-000002.jsonl"):
-        (tmp_path / "out" / name).unlink()
+    work = tmp_path / "out" / "work"
+    gone = {"finished": [], "without work": list(work.iterdir()), "read": [tmp_path / "out" / "skipped.txt"],
+            "half read": [work / "pictures.done", work / "records-000002.jsonl", tmp_path / "out" / "skipped.txt"]}
+    for path in gone[state]:
+        path.unlink()
+    CHANGES[change](photos)
+    before = files_of(tmp_path / "out"), files_of(work)
+    offer = "nothing can be added, for work/ was deleted" if state == "without work" else "--changed add reads what was added"
+    with pytest.raises(SystemExit, match=f"error: the sources are not what they were when .*out was begun .13 files and .* "
+                                         f"bytes then, 1[234] files and .* now; .*: {offer}, --changed anew begins again"):
+        run(photos, tmp_path / "out", *TINY)
+    assert (files_of(tmp_path / "out"), files_of(work)) == before
+    shutil.rmtree(photos)
+    shutil.copytree(tmp_path / "kept", photos)             # with their times
+    run(photos, tmp_path / "out", *TINY)
+
+
+def test_what_a_fingerprint_covers(tmp_path):
+    """Folders in folders, through links too, that may go round, the pictures of questions, and a tar;
+    not what is made of them."""
+    photos, far = folder_of(tmp_path / "photos"), folder_of(tmp_path / "far")
+    (photos / "deep").mkdir()
+    (photos / "round").symlink_to("."), (photos / "nothing").symlink_to("gone"), (photos / "far").symlink_to(far)
+    (tmp_path / "q.json").write_text("[]"), tar_of(tmp_path / "a.tar", {})
+    sources = [str(tmp_path / "a.tar"), str(tmp_path / "q.json")]
+    seen = [fingerprint(sources, photos, photos / "out")]
+    assert seen[0]["files"] == 2 + 13 + 13                 # with metadata.jsonl, each once
+    for name in ("photos/deep/a", "far/b", "a.tar", "q.json", "photos/c"):
+        (tmp_path / name).write_bytes(name.encode())
+        seen.append(fingerprint(sources, photos, photos / "out"))
+    for name in ("photos/c", "far/b"):                     # two files change places, and so their sizes
+        os.utime(tmp_path / name, (0, 0))
+    seen.append(fingerprint(sources, photos, photos / "out"))
+    (photos / "c").rename(photos / "d"), (far / "b").rename(photos / "c"), (photos / "d").rename(far / "b")
+    seen.append(fingerprint(sources, photos, photos / "out"))
+    assert len({about["sha256"] for about in seen}) == len(seen)
+    (photos / "out" / "work").mkdir(parents=True), (photos / "out" / "work" / "x").write_bytes(b"x")
+    assert fingerprint(sources, photos, photos / "out") == seen[-1]
+    assert fingerprint(sources, photos, tmp_path / "elsewhere") != seen[-1]
+    assert fingerprint(["emoji"], None, photos) is None
+    beside = fingerprint(sources[1:], None, photos / "out")                  # no folder of pictures named
+    assert beside["bytes"] > sum(path.stat().st_size for path in far.iterdir())
+
+
+def test_a_data_set_that_noted_no_sources(tmp_path):
+    """One of an earlier version cannot be called finished."""
+    photos, out = folder_of(tmp_path / "photos"), tmp_path / "out"
+    run(photos, out, *TINY)
+    (out / "work" / "options.json").unlink()
+    about = json.loads((out / "dataset.json").read_text())
+    (out / "dataset.json").write_text(json.dumps({key: about[key] for key in ("options", "counts")}))
+    with pytest.raises(SystemExit, match="begun .unknown files and unknown bytes then, 13 files and"):
+        run(photos, out, *TINY)
+
+
+def test_what_was_added_is_read(tmp_path, capsys):
+    """--changed add: the codec and the side of each picture stay, the new ones are there, and then it is finished, as
+    the same command says and the one without the flag."""
+    photos, out = folder_of(tmp_path / "photos"), tmp_path / "out"
+    options = [photos, out, *TINY, "--held", 0.4]
+    run(*options)
+    first, codec, held = Shards(out), (out / "work" / "codec.pt").read_bytes(), pictures_of(out)
+    for i in range(12, 20):
+        add_picture(photos, i)
+    capsys.readouterr()
+    run(*options, "--changed", "add")
+    assert "is finished" not in capsys.readouterr().out
+    assert (out / "work" / "codec.pt").read_bytes() == codec and held < pictures_of(out)
+    assert Shards(out).tokenizer_hash == first.tokenizer_hash and len(pictures_of(out)) == 20
+    keys = {json.loads(line)["key"] for line in open(out / "held.jsonl")}
+    assert keys == {f"{i}.png" for i in range(20) if is_held(i)} and Shards(out).about["sources"]["files"] == 21
+    for more in (["--changed", "add"], ["--changed", "anew"], []):
+        before = files_of(out)
+        run(*options, *more)
+        assert "is finished" in capsys.readouterr().out and files_of(out) == before
+
+
+@pytest.mark.parametrize("how", ("add", "anew"))
+@pytest.mark.parametrize("where", range(7))
+def test_a_change_that_is_stopped_goes_on(tmp_path, monkeypatch, how, where):
+    """Stopped at any file that it writes, the same command ends as if it had not been stopped; until then it is not
+    finished."""
+    photos, files = folder_of(tmp_path / "photos"), []
+    for out in ("once", "twice"):
+        run(photos, tmp_path / out, *TINY)
+    for i in range(12, 16):
+        add_picture(photos, i)
+    run(photos, tmp_path / "once", *TINY, "--changed", how)
+    real = os.replace
+
+    def stops(*names):
+        files.append(names)
+        if len(files) == where + 1:
+            raise KeyboardInterrupt
+        real(*names)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", stops)
+        with pytest.raises(SystemExit, match="130"):
+            run(photos, tmp_path / "twice", *TINY, "--changed", how)
+    assert how == "add" or where or not files_of(tmp_path / "twice")         # deleted first
+    chunks = (tmp_path / "twice" / "work").glob("records-*.jsonl")
+    done = {path: path.stat().st_mtime_ns for path in chunks}
+    run(photos, tmp_path / "twice", *TINY, "--changed", how)
+    assert done == {path: path.stat().st_mtime_ns for path in done}          # and not again
+    assert files_of(tmp_path / "once") == files_of(tmp_path / "twice")
+    assert len(Shards(tmp_path / "twice").about["sources"]) == 3 and len(pictures_of(tmp_path / "twice")) == 16
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda lines: lines[3:], "out was begun, 0.png is now 3.png: --changed anew"),
+    (lambda lines: lines[:4], "out was begun, 4.png is now its end: --changed anew"),
+    (lambda lines: [line.replace('"text": "', '"text": "new ') for line in lines],
+     "out was begun, 0.png is now another text: --changed anew")])
+def test_to_add_is_to_keep_what_was_read(tmp_path, change, message):
+    """Where entries that were read are others now, nothing can be added, and the data set stays; `anew` makes the one
+    that an empty folder would get, and leaves what is not its own alone."""
+    photos, out = folder_of(tmp_path / "photos"), tmp_path / "out"
+    run(photos, out, *TINY, "--held", 0)
+    before = files_of(out)
     lines = (photos / "metadata.jsonl").read_text().splitlines(keepends=True)
     (photos / "metadata.jsonl").write_text("".join(change(lines)))
-    with pytest.raises(SystemExit, match=f"error: the source changed since .*{message}"):
-        run(photos, tmp_path / "out", *TINY)
+    with pytest.raises(SystemExit, match=f"error: the source changed since .*{message} begins again"):
+        run(photos, out, *TINY, "--held", 0, "--changed", "add")
+    assert files_of(out) == before
+    (out / "notes.txt").write_text("mine"), (out / "work" / "notes.txt").write_text("mine")
+    run(photos, out, *TINY, "--held", 0, "--changed", "anew")
+    run(photos, tmp_path / "new", *TINY, "--held", 0)
+    assert files_of(out) == files_of(tmp_path / "new") | {"notes.txt": b"mine"}
+    assert files_of(out / "work") == files_of(tmp_path / "new" / "work") | {"notes.txt": b"mine"}
+
+
+def test_without_work_nothing_is_added(tmp_path):
+    """The pictures that were read are gone: to begin again is what is left."""
+    photos, out = folder_of(tmp_path / "photos"), tmp_path / "out"
+    run(photos, out, *TINY)
+    shutil.rmtree(out / "work")
+    add_picture(photos, 12)
+    for more in ([], ["--changed", "add"]):
+        with pytest.raises(SystemExit, match="nothing can be added, for work/ was deleted, --changed anew begins again"):
+            run(photos, out, *TINY, *more)
+    run(photos, out, *TINY, "--changed", "anew")
+    assert sum(Shards(out).about["pictures"].values()) == 13
 
 
 def test_stopped_before_the_first_file(tmp_path):
@@ -710,8 +996,7 @@ def test_the_sheet_shows_originals_on_top(tmp_path):
     photos = folder_of(tmp_path / "photos")
     run(photos, tmp_path / "out", *TINY, "--held", 0)
     with Image.open(tmp_path / "out" / "reconstruction.png") as sheet:
-        sheet.crop((8, 8, 8 + 128, 8 + 128)).save(tmp_path / "cell.png")
-    cell = read_png(tmp_path / "cell.png", 8, 8)
+        cell = torch.from_numpy(np.array(sheet)[8:8 + 128:16, 8:8 + 128:16])
     assert any(torch.equal(cell, read_image(photos / f"{i}.png", 8)) for i in range(12))
 
 

@@ -449,6 +449,7 @@ def test_folders_that_are_not_there(tmp_path):
     ("config.json", '{"model_type": ["phi"]}', "unhashable"), ("pytorch_model.bin", "", "not a whole file"),
     ("pytorch_model.bin", "version https://git-lfs.github.com/spec/v1", "pointer of git-lfs"),
     ("model.safetensors", "x" * 40, "not a whole file"), ("model.safetensors.index.json", "{}", "no 'weight_map'"),
+    ("model.safetensors.index.json", '{"weight_map": {}}', "weight_map is empty, expected the file of every weight"),
     ("unimod.json", "{", "Expecting property name"), ("unimod.json", '{"gate": "tanh"}', "no 'plan'"),
     ("unimod.json", '{"plan": {"keep": {"t2i": [2]}}}', r"must lie in \[0, 1\], got \[2.0\]"),
     ("unimod.json", '{"plan": {"keep": {"t2i": [1]}}}', "the plan has 1 layers, the model 3"),
@@ -460,6 +461,16 @@ def test_files_that_are_broken(tmp_path, name, content, message):
     folder, _ = written(tmp_path)
     (folder / name).write_text(content)
     with pytest.raises(ValueError, match=f"{name}.*{message}"):
+        load_pretrained(folder)
+
+
+@pytest.mark.parametrize("value, kind", [(3, "int"), (None, "NoneType"), ([torch.zeros(2)], "list")])
+def test_what_is_no_weight_is_refused_by_name(tmp_path, value, kind):
+    """A .bin with something else under a weight's name."""
+    folder, _ = written(tmp_path)
+    file = folder / "pytorch_model.bin"
+    torch.save(torch.load(file) | {"lm_head.weight": value}, file)
+    with pytest.raises(ValueError, match=f"does not fit its config: lm_head.weight is a {kind} instead of a tensor"):
         load_pretrained(folder)
 
 
@@ -494,10 +505,11 @@ def test_a_save_that_fails(safetensors, tmp_path, monkeypatch):
     first, second = (build(tiny("emu3"), PLAN, seed, torch.float32) for seed in (0, 1))
     save_pretrained(first, tmp_path / "old")
 
-    def full(tensors, *_):
+    def full(tensors, *given, real=safetensors.save_file):
         if "lm_head.weight" in tensors:
             raise OSError("no space left")
-    monkeypatch.setattr("unimod_mini.pretrained.safetensors", lambda: (None, full))
+        real(tensors, *given)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
     for name in ("old", "new"):
         with pytest.raises(OSError, match="no space left"):
             save_pretrained(second, tmp_path / name)

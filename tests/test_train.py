@@ -13,6 +13,7 @@ from unimod_mini import (METHODS, ModelConfig, Palette, Pictures, Plan, UnifiedT
                          calibrate, count_flops, flops_ratio, generate_image, generate_text, load_checkpoint,
                          make_optimizers, plan_for_budget, predictor_report, save_checkpoint, train_step, trainer)
 from unimod_mini import evaluate as evaluation
+from unimod_mini.console import command
 from unimod_mini.evaluate import ask_and_judge, blind_accuracy, by_category, draw_and_judge, share
 from unimod_mini.show import kept_tokens, save_png, terminal
 from unimod_mini.objectives import IGNORE
@@ -216,8 +217,8 @@ def test_a_foreign_checkpoint_is_refused_by_name(tmp_path, content):
 
 def test_the_command_line_is_frozen():
     """The flags of train_toy.py, their order and their defaults."""
-    assert vars(toy.parse([])) == {"backbone": "emu3", "method": "unimod", "steps": None, "device": None, "seed": 0,
-                                   "images": None, "out": "out/toy"}
+    assert vars(toy.parse([])) == {"backbone": "emu3", "method": "unimod", "steps": None, "device": None,
+                                   "precision": "auto", "seed": 0, "images": None, "out": "out/toy"}
     assert METHODS == ("unimod", "one_router", "one_plan", "mod", "interleaved", "early_exit", "dense")
     for bad in (["--backbone", "gpt"], ["--method", "moe"], ["--steps", "1"], ["--steps", "x"], ["--unknown"]):
         with pytest.raises(SystemExit):
@@ -235,7 +236,7 @@ def test_what_cannot_be_trained_ends_in_one_line(tmp_path, monkeypatch, argument
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir(), (tmp_path / "bad").mkdir(), (tmp_path / "bad" / "metadata.jsonl").write_text("{")
     before = set(tmp_path.rglob("*"))
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(SystemExit, match=message), command():
         toy.main([*arguments])
     assert set(tmp_path.rglob("*")) == before
 
@@ -397,8 +398,8 @@ def test_blanks_in_captions_are_no_words():
 def test_terminal_and_png_show_every_picture(tmp_path, monkeypatch):
     """A line for two pixel rows, a cell for each pixel; without pillow the pip line is named and nothing is written."""
     images = Palette(World().patches).decode(World().sample_t2i(3, Random(0))[1])
-    lines = terminal(images).split("\n")
-    assert len(lines) == 4 and all(line.count("▀") == 3 * (8 + 1) for line in lines)
+    lines = terminal(images, "blocks").split("\n")
+    assert len(lines) == 4 and all(line.count("▀") == 3 * 8 for line in lines)
     monkeypatch.setitem(__import__("sys").modules, "PIL", None)
     assert "pip install" in save_png(images, ["a"] * 3, tmp_path / "s.png") and not list(tmp_path.iterdir())
     monkeypatch.undo()
@@ -431,6 +432,6 @@ def test_scores_that_are_not_numbers_are_an_error():
 def test_every_pixel_row_is_in_the_terminal(height):
     """Two pixel rows share a line of characters; below an odd last row stands that row again."""
     image = torch.arange(height)[:, None, None].expand(height, 1, 3).to(torch.uint8)[None] + 7
-    lines = terminal(image).split("\n")
+    lines = terminal(image, "blocks").split("\n")
     assert len(lines) == -(-height // 2)
     assert f"48;2;{height + 6};{height + 6};{height + 6}m" in lines[-1]

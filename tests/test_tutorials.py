@@ -2,7 +2,7 @@
 
 The ```text block after a ```python block is its output; a python block without one prints nothing. A page runs in an
 empty folder, as if that were the root of the repository. `python tests/test_tutorials.py --rewrite` writes the
-outputs into the pages and what they drew into tutorials/figures.
+outputs into the pages and what they drew in out/ into tutorials/figures.
 """
 import codeop
 import contextlib
@@ -40,7 +40,7 @@ def same_line(expected: str, printed: str) -> bool:
 def run(text: str, name: str, folder) -> list:
     """Run a page's blocks in one namespace; [(match, what it printed)]."""
     space, results = {"__name__": name}, []
-    (Path(folder) / "tutorials/figures").mkdir(parents=True)
+    Path(folder).mkdir(exist_ok=True)
     with contextlib.chdir(folder):
         for match in BLOCK.finditer(text):
             first_line = text[:match.start(1)].count("\n")               # so that an error names the page's line
@@ -69,7 +69,7 @@ def test_page(page, tmp_path):
         line = text[:match.start()].count("\n") + 1
         wrong = "\n".join(differences(match[2] or "", printed))
         assert not wrong, f"{page.name}, block at line {line}:\n{wrong}"
-    drawn = {f"figures/{path.name}" for path in (tmp_path / "tutorials/figures").iterdir()}
+    drawn = {f"figures/{path.name}" for path in (tmp_path / "out").glob("*.svg")}
     for figure in drawn | set(re.findall(r"\]\((figures/[^)]+)\)", text)):
         assert (page.parent / figure).is_file(), f"{page.name}: {figure} is missing, run this file with --rewrite"
     for file, name in re.findall(r"(tests/\w+\.py)::(\w+)", text):
@@ -144,5 +144,6 @@ if __name__ == "__main__":
         with tempfile.TemporaryDirectory() as folder:
             text = page.read_text()
             page.write_text(rewritten(text, run(text, page.name, folder)))
-            shutil.copytree(f"{folder}/tutorials/figures", ROOT / "tutorials/figures", dirs_exist_ok=True)
+            for figure in Path(folder).glob("out/*.svg"):
+                shutil.copy(figure, ROOT / "tutorials/figures")
         print(f"{page.relative_to(ROOT)} rewritten")

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .routers import capacity
-from .transformer import Context, UnifiedTransformer, attend
+from .transformer import Context, UnifiedTransformer, attend, unwrapped
 
 # not cuDNN's attention: it plans anew for every shape, and behind a cache no two steps have the same
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -130,6 +130,7 @@ class Cache:
     """
 
     def __init__(self, model: UnifiedTransformer, task: str, batch: int, max_length: int):
+        model = unwrapped(model)
         if task not in model.plan.tasks:
             raise ValueError(f"unknown task {task!r}: this model's plan knows {', '.join(model.plan.tasks)}")
         self.model, self.task, self.batch, self.max_length, self.length = model, task, batch, max_length, 0

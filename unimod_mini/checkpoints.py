@@ -5,9 +5,10 @@
     FOLDER/step-00000500/rng-0.pt ..              random state of every rank
 
 A checkpoint is written as FOLDER/step-00000500.tmp and renamed when it is complete, so a killed run leaves the one
-before. A folder without run.json, or with a file of another size than it says, was cut short (a full disk, a broken
-copy): it is passed over with a warning. Tensors are named after the model's parameters, so another number of ranks, or
-DDP instead of FSDP, reads them as well. All ranks must see FOLDER: on several machines it lies on a shared disk.
+before. A folder without run.json, with a file of another size than it says, or with a random state that cannot be read,
+was cut short (a full disk, a power cut, a broken copy): it is passed over with a warning. Tensors are named after the
+model's parameters, so another number of ranks, or DDP instead of FSDP, reads them as well. All ranks must see FOLDER:
+on several machines it lies on a shared disk.
 """
 
 import json
@@ -28,7 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from .config import ModelConfig
 from .distributed import Ranks, from_first, local, wait_for_all
-from .files import write_json
+from .files import disk_trouble, save_data, write_json
 from .pretrained import load_pretrained, pretrained_config
 from .routers import Plan
 from .settings import flag
@@ -77,14 +78,16 @@ def make_state(optimizer) -> None:
 def collectively(do, tensors: dict, path: Path, alone: bool = False) -> None:
     """dcp.save or dcp.load, by all ranks or by the one process that there is (of which dcp would warn).
 
-    OSError with dcp's last line when it fails: its own is no Exception, and lists every rank's traceback.
+    OSError when it fails, with what the disk said or dcp's last line: its own lists every rank's traceback.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         try:
             do(tensors, checkpoint_id=path, no_dist=alone or not dist.is_initialized())
         except CheckpointException as error:
-            raise OSError(f"{path}: {str(error).strip().splitlines()[-1]}") from error
+            troubles = [disk_trouble(failure) for failure, _ in error.failures.values()]
+            last_line = str(error).strip().splitlines()[-1]
+            raise OSError(f"{path}: {next(filter(None, troubles), last_line)}") from error
 
 
 def random_state() -> dict:
@@ -105,13 +108,17 @@ def save(folder: Path, step: int, tensors: dict, facts: dict, ranks: Ranks) -> P
         discard(path)                                      # one of this step that was cut short
         part.mkdir(parents=True)
     wait_for_all()
-    collectively(dcp.save, tensors, part)
-    torch.save(random_state(), part / f"rng-{ranks.rank}.pt")
-    wait_for_all()
-    if ranks.first:
-        sizes = {file.name: file.stat().st_size for file in part.iterdir()}
-        write_json(part / FACTS, {"step": step, **facts, "sizes": sizes})
-        os.replace(part, path)
+    try:
+        collectively(dcp.save, tensors, part)
+        save_data(part / f"rng-{ranks.rank}.pt", random_state())
+        wait_for_all()
+        if ranks.first:
+            sizes = {file.name: file.stat().st_size for file in part.iterdir()}
+            write_json(part / FACTS, {"step": step, **facts, "sizes": sizes})
+            os.replace(part, path)
+    except OSError:                                        # a full disk: make room again
+        shutil.rmtree(part, ignore_errors=True)
+        raise
     wait_for_all()
     return path
 
@@ -153,6 +160,11 @@ def broken(path: Path) -> str | None:
         have = (path / name).stat().st_size if (path / name).is_file() else None
         if have != size:
             return f"{name} has {have} bytes instead of {size}" if have is not None else f"{name} is missing"
+    for file in path.glob("rng-*.pt"):                     # a power cut may leave zeros of the right number
+        try:
+            torch.load(file, weights_only=True)
+        except Exception as error:                         # torch's own text advises to load it unsafely
+            return f"{file.name} cannot be read ({type(error).__name__})"
     return None
 
 

@@ -25,8 +25,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from .console import progress_bar
 from .files import whole_file
 from .sources import Item, decode, picture_type, share
 
@@ -85,6 +85,10 @@ class Chunks:
             with open(self.path("records", chunk), encoding="utf-8") as file:
                 yield from map(json.loads, file)
 
+    def skipped(self) -> list:
+        """(key, why) of what could not be used."""
+        return [(record["key"], record["skipped"]) for record in self.records() if "skipped" in record]
+
     def used(self):
         """The records that have a picture."""
         return (record for record in self.records() if "skipped" not in record)
@@ -102,7 +106,7 @@ class Chunks:
             if entry is None or entry.key != record["key"] or lost:
                 now = "its end" if entry is None else "another text" if entry.key == record["key"] else entry.key
                 raise ValueError(f"the source changed since {self.folder.parent} was begun, {record['key']} is now "
-                                 f"{now}: choose another folder")
+                                 f"{now}: --changed anew begins again, or choose another folder")
 
     def read(self, entries, size: int, held: float, workers: int, n_codes: int | None = None) -> None:
         """Entries (sources.py) -> the chunks that are missing. held: share of the pictures that is held out, where an
@@ -110,7 +114,7 @@ class Chunks:
         dtype, shape = picture_type(size, n_codes)
         memory = Memory(self, held)
         self.pass_over(entries)
-        with pool_map(workers) as map_, tqdm(desc="pictures", unit="picture", initial=self.starts[-1]) as bar:
+        with pool_map(workers) as map_, progress_bar(desc="pictures", unit="picture", initial=self.starts[-1]) as bar:
             while chunk := list(islice(entries, CHUNK)):
                 decoded = iter(map_(decode, [(entry, size, n_codes) for entry in chunk if isinstance(entry, Item)]))
                 records, pixels = [], []

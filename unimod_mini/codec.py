@@ -28,9 +28,9 @@ class WordText:
     def encode(self, text: str) -> list:
         for word in text.split():
             if word not in self.ids:
-                near = difflib.get_close_matches(word, self.words, 1)
-                raise ValueError(f"unknown word {word!r}" + (f", did you mean {near[0]!r}?" if near else ".")
-                                 + f" This tokenizer knows {self.size} words: {' '.join(self.words[:20])} ..")
+                near = difflib.get_close_matches(word, self.words, 3)
+                hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "none is like it"
+                raise ValueError(f"unknown word {word!r}: this tokenizer knows {self.size} words, {hint}")
         return [self.ids[word] for word in text.split()]
 
     def decode(self, ids) -> str:

@@ -10,12 +10,13 @@ import os
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from .codec import Palette, cut, nearest
+from .console import progress_bar
 from .shapes import Prompt, Question
 
 METADATA = "metadata.jsonl"
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # Pillow's reader of PostScript starts a program
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # at most 8 bits a channel
 
 
@@ -26,7 +27,7 @@ def load_image_folder(folder, size=32, limit=None):
     """
     rows = read_metadata(folder, limit)
     images = torch.empty(len(rows), size, size, 3, dtype=torch.uint8)  # (N, S, S, 3)
-    for index, (path, _) in enumerate(tqdm(rows, "pictures", disable=len(rows) <= 300)):
+    for index, (path, _) in enumerate(progress_bar(rows, "pictures", disable=len(rows) <= 300)):
         images[index] = read_image(path, size)
     return images, [caption for _, caption in rows]
 
@@ -130,11 +131,11 @@ def open_picture(path, name=None, size=None):
     """A picture (path or open file), upright and on white, as Pillow's RGB; ValueError, naming it, if unreadable. size:
     a JPEG may come smaller (draft)."""
     try:
-        from PIL import Image, ImageOps  # here, because nothing else needs Pillow
+        from PIL import Image, ImageOps, UnidentifiedImageError  # here, because nothing else needs Pillow
     except ImportError:
         raise ImportError('needs pillow: pip install pillow')
     try:
-        with Image.open(path) as file:
+        with Image.open(path, formats=FORMATS) as file:
             if file.mode not in MODES:  # 16-bit values would be clipped to white without a word
                 raise ValueError(f"mode {file.mode}; save it with 8 bits a channel, as RGB")
             if size and file.format == "JPEG" and file.mode == "RGB":
@@ -147,6 +148,8 @@ def open_picture(path, name=None, size=None):
             picture = file.convert("RGBA" if file.has_transparency_data else "RGB")
     except FileNotFoundError:
         raise
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name or path}: cannot be read as a picture (none of {', '.join(FORMATS)})") from error
     except Exception as error:  # Pillow raises OSError, SyntaxError, DecompressionBombError ...
         raise ValueError(f"{name or path}: cannot be read as a picture ({error})") from error
     if picture.mode == "RGBA":  # white goes under first: the resize must not blend in the colours of transparent pixels
@@ -155,15 +158,21 @@ def open_picture(path, name=None, size=None):
 
 
 def read_image(path, size, name=None):
-    """The picture of open_picture fitted into a white square, (S, S, 3) torch.uint8."""
-    picture = open_picture(path, name, size)
+    """The picture of open_picture fitted into white, (H, W, 3) torch.uint8. size: (H, W), or S for both."""
+    height, width = (size, size) if isinstance(size, int) else size
+    picture = open_picture(path, name, max(height, width))
     from PIL import Image
-    # 64x32 at size 32: the longer side becomes 32, so 32x16, with 8 white rows above and below.
-    width, height = (max(1, round(side * size / max(picture.size))) for side in picture.size)
-    small = picture.resize((width, height), Image.Resampling.BICUBIC)  # antialiased
-    square = Image.new("RGB", (size, size), "white")
-    square.paste(small, ((size - width) // 2, (size - height) // 2))
-    return torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).view(size, size, 3)
+    # 64x32 into 32x32: the longer side becomes 32, so 32x16, with 8 white rows above and below.
+    room, side = min((width, picture.width), (height, picture.height), key=lambda pair: pair[0] / pair[1])
+    across, down = (max(1, round(n * room / side)) for n in picture.size)
+    small = picture.resize((across, down), Image.Resampling.BICUBIC)  # antialiased
+    if not (picture.width % across or picture.height % down):
+        corners = picture.resize((across, down), Image.Resampling.NEAREST)
+        if corners.resize(picture.size, Image.Resampling.NEAREST).tobytes() == picture.tobytes():
+            small = corners  # an exact enlargement, as `generate` writes: bicubic would mix its pixels
+    canvas = Image.new("RGB", (width, height), "white")
+    canvas.paste(small, ((width - across) // 2, (height - down) // 2))
+    return torch.frombuffer(bytearray(canvas.tobytes()), dtype=torch.uint8).view(height, width, 3)
 
 
 def draft(file, size):

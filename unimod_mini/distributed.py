@@ -65,14 +65,16 @@ def join(device: torch.device, minutes: float):
 
 
 @contextmanager
-def sigterm():
-    """A list that is empty until this process gets a SIGTERM, which then does nothing else."""
+def asked_to_stop():
+    """A list that is empty until this process gets a SIGTERM or a Ctrl-C, which then do nothing else. A second Ctrl-C
+    does no more: torchrun hands each of them on, so that one press comes twice."""
     asked = []
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+    before = {number: signal.signal(number, lambda *_: asked.append(True)) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield asked
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -26,7 +26,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tarfile
 import tempfile
 import unicodedata
@@ -34,8 +33,7 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-from tqdm import tqdm
-
+from .console import command, progress_bar
 from .data import METADATA, read_image, read_metadata
 from .files import whole_file
 from .sources import Item, share
@@ -95,7 +93,7 @@ def choose_concepts(entries: list, files: dict, limit: int | None = None) -> lis
 def decode_singles(concepts: list, files: dict, size: int) -> dict:
     """{(name, tone): {style: uint8 (size, size, 3)}}, without those whose pixels another one has in some style."""
     seen, pictures = set(), {}
-    for concept in tqdm(concepts, "emoji", unit="concept", disable=len(concepts) < 300):
+    for concept in progress_bar(concepts, "emoji", unit="concept", disable=len(concepts) < 300):
         for tone, image in concept.images.items():
             drawn = {style: read_image(io.BytesIO(files[style][image]), size, image).numpy() for style in files}
             pixels = {picture.tobytes() for picture in drawn.values()}
@@ -307,13 +305,11 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser(prog="python -m unimod_mini.emoji", description=main.__doc__)
     parser.add_argument("folder", help="a new or an empty folder")
     parser.add_argument("--count", type=int, default=200, help="emoji, each in two styles (200)")
-    args = parser.parse_args(argv)
-    try:
+    with command(errors=(OSError, ValueError, RuntimeError, subprocess.CalledProcessError)):
+        args = parser.parse_args(argv)
         total = fetch_folder(args.folder, args.count)
-    except (OSError, ValueError, RuntimeError, subprocess.CalledProcessError) as error:
-        sys.exit(f"error: {error}")
-    print(f"{args.folder}: {total} pictures of {args.count} emoji, {METADATA} and NOTICE (credits)")
-    print(f"next: python train_toy.py --images {args.folder}")
+        print(f"{args.folder}: {total} pictures of {args.count} emoji, {METADATA} and NOTICE (credits)")
+        print(f"next: python train_toy.py --images {args.folder}")
 
 
 if __name__ == "__main__":

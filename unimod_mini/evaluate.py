@@ -7,8 +7,8 @@ no retries; answers are greedy and must match to the word.
 from random import Random
 
 from torch import Tensor
-from tqdm import tqdm
 
+from .console import progress_bar
 from .generate import generate_image, generate_text
 from .shapes import blind_answers
 
@@ -62,7 +62,7 @@ def evaluate(model, tokenizer, world, routing: str, n: int, seed: int, drawing: 
     world repeats itself: many captions and pictures occur in training, too (benchmarks/quality.py tells them apart).
     """
     rng, few = Random(f"evaluate {seed}"), n // 3 if world.held_out else 0
-    with tqdm(total=2 * (n + few), desc=f"{label:<8}", unit="scene", mininterval=1.0) as progress:
+    with progress_bar(total=2 * (n + few), desc=f"{label:<8}", unit="scene", mininterval=1.0) as progress:
         def both(count: int, held_out: bool) -> tuple[list, list]:
             prompts, questions, codes = fresh_scenes(world, count, rng, held_out)
             return (draw_and_judge(model, tokenizer, world, prompts, progress, routing=routing, **drawing),

@@ -19,6 +19,7 @@ from collections import Counter
 from typing import NamedTuple
 
 from .config import PRESETS, ModelConfig
+from .console import command
 from .memory import activation_bytes, cache_bytes, count_parameters, keep_ratios
 from .routers import BASELINES, TASKS, Plan, capacity
 
@@ -155,8 +156,9 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--preset", required=True, help=", ".join(PRESETS))
     out.add_argument("--plan", default="dense", help=f"a file that Plan.save wrote, or {', '.join(BASELINES)}")
     out.add_argument("--length", type=int, required=True, help="tokens of the sequence")
-    out.add_argument("--task", choices=TASKS, default="t2i")
-    out.add_argument("--mode", choices=("forward", "train"), default="train")
+    out.add_argument("--task", choices=TASKS, default="t2i", help="whose keep ratios (t2i)")
+    out.add_argument("--mode", choices=("forward", "train"), default="train",
+                     help="one forward pass, or a training step of three times as many FLOPs (train)")
     out.add_argument("--span", type=int, default=0, help="of them in a bidirectional span, for the live convention")
     return out
 
@@ -194,13 +196,12 @@ def main(argv=None) -> None:
     """Prints the report, or without arguments the comparison; what cannot be counted ends in one line."""
     from .published import comparisons
     argv = sys.argv[1:] if argv is None else argv
-    try:
-        text = report(parser().parse_args(argv)) if argv else comparisons()
-    except OSError as error:
-        sys.exit(f"error: {error.filename}: {error.strerror}; --plan takes a file or one of {', '.join(BASELINES)}")
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    print(text)
+    with command():
+        try:
+            print(report(parser().parse_args(argv)) if argv else comparisons())
+        except FileNotFoundError as error:
+            raise ValueError(f"{error.filename}: {error.strerror}; --plan takes a file or one of "
+                             + ", ".join(BASELINES)) from None
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Answers and pictures from a trained model.
 
-    python -m unimod_mini.generate --checkpoint out/toy/checkpoint.pt --prompt "two red rings" --explain
-    python -m unimod_mini.generate --checkpoint out/toy/checkpoint.pt --image drawn.png --question "describe ?"
+    python -m unimod_mini.generate --prompt "a green ring and a red disc" --explain      # out/toy/checkpoint.pt
+    python -m unimod_mini.generate --image drawn.png --question "describe ?" --question "how many rings ?"
 
 routing="causal": what is generated token by token is routed by the predictors and decoded with a key/value cache.
 routing="topk":   every step runs top-k again over the whole prefix (a picture's with the capacity that its finished
@@ -14,23 +14,33 @@ Legend: B rows, T tokens so far, N image tokens, V vocabulary.
 
 import argparse
 import math
-import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from . import toy_language
 from .cache import Cache
 from .codec import Codes, HFText
+from .console import command
+from .shapes import World
 from .tokenizer import Batch, Tokenizer
 from .transformer import UnifiedTransformer, inference
 
 CHOICE_NOISE = 4.5   # of draw_parallel
+ROUNDING = 1e-6      # of a sum of float32 probabilities: ids that reach top_p exactly end there
 
 
-def check_tokenizer(model: UnifiedTransformer, tokenizer: Tokenizer) -> None:
-    """ValueError when this tokenizer's ids are not those of the model."""
-    config = model.config
+def check_model(model: UnifiedTransformer, tokenizer: Tokenizer) -> None:
+    """ValueError when this tokenizer's ids are not those of the model, and for weights that are not finite.
+
+    Reads every weight once, which is what one more token would cost.
+    """
+    config, weights = model.config, dict(model.named_parameters())
+    finite = torch.stack([weight.isfinite().all() for weight in weights.values()]).tolist()
+    if wrong := [name for name, fine in zip(weights, finite) if not fine]:
+        raise ValueError(f"{len(wrong)} of the model's weights are not finite, {wrong[0]} is the first: take a "
+                         "checkpoint from before its training failed")
     theirs = tokenizer.backbone, tokenizer.image_start
     if theirs != (config.backbone, config.image_start) or tokenizer.vocab_size > config.vocab_size:
         raise ValueError(f"the tokenizer is of another model: {tokenizer.backbone}, image codes from "
@@ -91,8 +101,11 @@ def sample(logits: Tensor, temperature: float, generator: torch.Generator | None
         return logits.argmax(-1)
     below = logits.float() - logits.float().amax(-1, keepdim=True)           # first: over 1e-30 all would be infinite
     p, ids = (below / max(temperature, 1e-30)).softmax(-1).cpu().sort(dim=-1, descending=True)                # (B, V)
-    before = p.cumsum(-1) - p                              # probability of the likelier ids
-    drop = (before >= top_p) | (torch.arange(p.shape[-1]) >= (top_k or p.shape[-1]))
+    drop = torch.arange(p.shape[-1]) >= (top_k or p.shape[-1])               # (V,)
+    if top_p < 1:
+        likelier = p.double().cumsum(-1) - p               # (B, V) probability of the likelier ids
+        drop = drop | (likelier > top_p - ROUNDING)
+    drop = drop.expand_as(p).clone()
     drop[:, 0] = False
     drawn = torch.multinomial(p.masked_fill(drop, 0.0), 1, generator=generator)
     return ids.gather(1, drawn).squeeze(1).to(logits.device)
@@ -121,7 +134,7 @@ def generate_text(model: UnifiedTransformer, tokenizer: Tokenizer, image: Tensor
     model's max_length, counted from the batch's longest prompt.
     """
     check_sampling(routing, temperature, top_k, top_p)
-    check_tokenizer(model, tokenizer)
+    check_model(model, tokenizer)
     if not isinstance(image, Tensor):
         raise ValueError(f"generate_text: image must be a tensor of pixels or codes, got {type(image).__name__}: "
                          "torch.as_tensor(array), or torch.stack(list)")
@@ -145,13 +158,14 @@ def generate_text(model: UnifiedTransformer, tokenizer: Tokenizer, image: Tensor
     decode = Decoder(model, "mmu", routing, len(ids), ids.shape[1] + steps)
     generator, done = torch.Generator().manual_seed(seed), torch.zeros(len(ids), dtype=torch.bool, device=device)
     answers = []
-    for _ in range(steps):
-        token = sample(decode(ids, valid, spans), temperature, generator, top_k, top_p)
-        done = done | torch.isin(token, stops)             # a row that has ended is padding from here on
-        answers.append(token.masked_fill(done, tokenizer.eot))
-        if done.all():
-            break
-        ids, valid, spans = answers[-1][:, None], ~done[:, None], None
+    with model.autocast():
+        for _ in range(steps):
+            token = sample(decode(ids, valid, spans), temperature, generator, top_k, top_p)
+            done = done | torch.isin(token, stops)         # a row that has ended is padding from here on
+            answers.append(token.masked_fill(done, tokenizer.eot))
+            if done.all():
+                break
+            ids, valid, spans = answers[-1][:, None], ~done[:, None], None
     texts = []
     for row in torch.stack(answers, 1).tolist():
         texts.append(tokenizer.text.decode(row[:row.index(tokenizer.eot)] if tokenizer.eot in row else row))
@@ -180,12 +194,13 @@ def generate_codes(model: UnifiedTransformer, tokenizer: Tokenizer, prompts: lis
                    top_k: int | None = None) -> Tensor:
     """The codes of generate_image's pictures: long (B, h, w), on the CPU."""
     check_sampling(routing, temperature, top_k, guidance=guidance)
-    check_tokenizer(model, tokenizer)
+    check_model(model, tokenizer)
     if steps < 1 or not prompts:
         raise ValueError(f"generate_image: steps and prompts must be at least 1, got {steps} and {len(prompts)}")
     generator = torch.Generator().manual_seed(seed)
     given = model, tokenizer, prompts, routing, temperature, guidance, generator, top_k
-    return draw_parallel(*given, steps) if tokenizer.backbone == "showo" else draw_by_row(*given)
+    with model.autocast():
+        return draw_parallel(*given, steps) if tokenizer.backbone == "showo" else draw_by_row(*given)
 
 
 def guided(logits: Tensor, guidance: float) -> Tensor:
@@ -274,99 +289,163 @@ def parallel_model(model, batch, routing: str, n: int):
 # python -m unimod_mini.generate
 # --------------------------------------------------------------------------------------------------------------
 
+CHECKPOINT = "out/toy/checkpoint.pt"
+
+
 def parser() -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser("python -m unimod_mini.generate", description="Draw a prompt or answer a question.")
-    out.add_argument("--checkpoint", required=True, help="checkpoint.pt of train_toy.py, or model.pt of train_full.py")
-    out.add_argument("--prompt", help="draw this, in the terminal and as a PNG (codes: as an .npy)")
+    out = argparse.ArgumentParser("python -m unimod_mini.generate", description="Draw prompts, or answer questions on "
+                                  "a picture. On a checkpoint of the toy world it says what is right.")
+    out.add_argument("--checkpoint", default=CHECKPOINT, help="checkpoint.pt of train_toy.py, or model.pt of "
+                                                              f"train_full.py ({CHECKPOINT})")
+    out.add_argument("--prompt", action="append", help="draw this, in the terminal and as a PNG (codes: as an .npy); "
+                                                       "may be given several times")
     out.add_argument("--image", help="a picture file (codes: an .npy) to answer --question on")
-    out.add_argument("--question", help='such as "what color is the ring ?"')
+    out.add_argument("--question", action="append", help='such as "what color is the ring ?"; may be given several '
+                                                         "times")
     out.add_argument("--explain", action="store_true", help="show which tokens each routed layer kept")
-    out.add_argument("--routing", choices=("causal", "topk"), default="causal")
+    out.add_argument("--routing", choices=("causal", "topk"), default="causal", help="who is kept: by the predictors "
+                     "(causal), or by top-k over the whole sequence (topk, non-causal)")
     out.add_argument("--temperature", type=float, help="default: the checkpoint's for pictures, 0 for answers")
     out.add_argument("--guidance", type=float, help="of pictures; default: the checkpoint's")
     out.add_argument("--steps", type=int, help="of Show-o's parallel drawing; default: the checkpoint's")
     out.add_argument("--top-k", type=int, help="only the k likeliest words of an answer, or codes of a picture")
     out.add_argument("--top-p", type=float, help="of answers: only the likeliest words that reach p")
-    out.add_argument("--seed", type=int, default=0)
+    out.add_argument("--seed", type=int, default=0, help="another seed draws another picture (0)")
     out.add_argument("--device", help="cuda, mps or cpu; found by itself when not given")
-    out.add_argument("--out", default="drawn.png", help="the PNG (codes: .npy) of --prompt; --explain writes "
-                                                        "*-kept.png beside it")
+    out.add_argument("--precision", choices=("auto", "float32", "bf16"), default="auto", help="auto: the one that the "
+                     "model was trained in, where the device multiplies it, else float32")
+    out.add_argument("--out", help="the PNG (codes: .npy) of --prompt (drawn.png); --explain writes *-kept.png beside "
+                                   "it (of a question: asked-kept.png)")
     return out
 
 
 def main(argv=None) -> None:
     cli = parser()
-    args = cli.parse_args(argv)
-    if (args.prompt is None) == (args.image is None) or (args.image is None) != (args.question is None):
+    with command():
+        args = cli.parse_args(argv)
+        check_arguments(cli, args)
+        try:
+            run(args)
+        except FileNotFoundError as error:
+            hint = ": python train_toy.py makes one" if error.filename == args.checkpoint else ""
+            raise ValueError(f"{error.filename} does not exist{hint}") from None
+
+
+def check_arguments(cli, args) -> None:
+    """Ends with the usage where the options do not go together."""
+    drawing = args.prompt is not None
+    if drawing == (args.image is not None) or (args.image is None) != (args.question is None):
         cli.error("give either --prompt, or --image with --question")
-    idle = {"--guidance": args.guidance, "--steps": args.steps} if args.prompt is None else {"--top-p": args.top_p}
+    idle = {"--top-p": args.top_p} if drawing else {"--guidance": args.guidance, "--steps": args.steps}
     if unread := [name for name, value in idle.items() if value is not None]:
-        cli.error(f"{', '.join(unread)}: not for {'answers' if args.prompt is None else 'pictures'}")
-    by_chance = args.temperature or (args.temperature is None and args.prompt is not None)   # the checkpoint's
+        cli.error(f"{', '.join(unread)}: not for {'pictures' if drawing else 'answers'}")
+    by_chance = args.temperature or (args.temperature is None and drawing)                   # the checkpoint's
     if (args.top_k is not None or args.top_p is not None) and not by_chance:
         cli.error("--top-k and --top-p are about what is drawn by chance: give a --temperature above 0 as well")
-    try:
-        run(args)
-    except FileNotFoundError as error:
-        sys.exit(f"error: {error.filename} does not exist"
-                 + (": python train_toy.py makes one" if error.filename == args.checkpoint else ""))
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
 
 
 def run(args) -> None:
     """Draw or answer as the command line says, and show it."""
-    from .show import enlarged, read_codes, read_png, terminal, write_codes, write_png    # pictures need pillow
-    from .trainer import find_device, load_checkpoint, precision
-    if not Path(args.out).absolute().parent.is_dir() or Path(args.out).is_dir():
-        raise ValueError(f"--out {args.out}: there is no folder {Path(args.out).parent}, or it is itself a folder")
-    if not args.out.lower().endswith((".png", ".npy")):
-        raise ValueError(f"--out {args.out}: pictures are written as PNG, give a name that ends in .png (codes: .npy)")
-    device = find_device(args.device)
-    model, stored = load_checkpoint(args.checkpoint, device)
+    from .trainer import find_device, load_checkpoint
+    out = Path(args.out or ("drawn.png" if args.prompt else "asked.png"))
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder: give the name of a file in it")
+    if out.suffix.lower() not in (".png", ".npy"):
+        raise ValueError(f"--out {out}: pictures are written as PNG, give a name that ends in .png (codes: .npy)")
+    model, stored = load_checkpoint(args.checkpoint, find_device(args.device), args.precision)
     if "tokenizer" not in stored:
         raise ValueError(f"{args.checkpoint} holds no tokenizer: save_checkpoint(.., tokenizer=tokenizer.state())")
     tokenizer = Tokenizer.from_state(stored["tokenizer"])
     codes = isinstance(tokenizer.image, Codes)             # nothing to see
-    if args.prompt is not None and not codes and args.out.lower().endswith(".npy"):
-        raise ValueError(f"--out {args.out}: this model draws pictures, give a name that ends in .png")
+    if args.prompt and not codes and out.suffix.lower() == ".npy":
+        raise ValueError(f"--out {out}: this model draws pictures, give a name that ends in .png")
     if args.steps is not None and tokenizer.backbone != "showo":
         raise ValueError(f"--steps {args.steps}: {args.checkpoint} draws token by token, leave it out")
-    with precision(device):
-        if args.prompt is not None:
-            given = {"temperature": args.temperature, "guidance": args.guidance, "steps": args.steps, "top_k": args.top_k}
-            options = stored.get("drawing", {}) | {name: x for name, x in given.items() if x is not None}
-            if args.top_k is not None and not options.get("temperature", 1.0):
-                raise ValueError("--top-k: this checkpoint draws at temperature 0, give a --temperature above 0 as well")
-            drawn = generate_codes(model, tokenizer, [args.prompt], args.routing, seed=args.seed, **options)
-            image = tokenizer.image.decode(drawn)[0]
-            if codes:
-                print(write_codes(image, f"{args.out[:-4]}.npy"))
-            else:
-                write_png(enlarged(image), args.out)
-                print(f"{args.out} written\n{terminal(image[None])}")
-            batch, task = tokenizer.t2i([args.prompt], drawn), "t2i"
+    world = World(**stored["world"]) if stored.get("world") else None        # of the toy: what is right is known
+    texts = [read_text(text, world) for text in args.prompt or args.question]
+    if args.prompt:
+        draw(args, model, tokenizer, world, texts, stored.get("drawing", {}), out.with_suffix(".npy") if codes else out)
+    else:
+        ask(args, model, tokenizer, world, texts, out)
+
+
+def read_text(text: str, world: World | None) -> str:
+    """A prompt or a question as it is given to the model. ValueError for an empty one, and for words that the toy world
+    does not know."""
+    if world is not None:
+        return toy_language.tidy(world, text)
+    if not text.strip():
+        raise ValueError("an empty --prompt or --question: say what to draw, or what to answer")
+    return text
+
+
+def numbered(path: Path, number: int, count: int) -> Path:
+    """path, or path-1, path-2 .. where there are several."""
+    return path if count == 1 else path.with_stem(f"{path.stem}-{number}")
+
+
+def draw(args, model, tokenizer, world, prompts: list, stored: dict, out: Path) -> None:
+    """Every prompt with the same seed: a file each, shown in the terminal. stored: the checkpoint's way of drawing."""
+    from .show import enlarged, terminal, write_codes, write_png             # pictures need pillow
+    given = {"temperature": args.temperature, "guidance": args.guidance, "steps": args.steps, "top_k": args.top_k}
+    options = stored | {name: x for name, x in given.items() if x is not None}
+    if args.top_k is not None and not options.get("temperature", 1.0):
+        raise ValueError("--top-k: this checkpoint draws at temperature 0, give a --temperature above 0 as well")
+    for number, prompt in enumerate(prompts, start=1):
+        path = numbered(out, number, len(prompts))
+        codes = generate_codes(model, tokenizer, [prompt], args.routing, seed=args.seed, **options)
+        image = tokenizer.image.decode(codes)[0]
+        if path.suffix == ".npy":
+            print(write_codes(image, path))
         else:
-            patch = tokenizer.image.patch
-            image = (read_codes(args.image, tokenizer) if codes else
-                     read_png(args.image, *(n * patch for n in tokenizer.grid)))
-            question = tokenizer.text.chat(args.question)[0] if isinstance(tokenizer.text, HFText) else args.question
-            answer = generate_text(model, tokenizer, image, question, args.routing, args.temperature or 0.0,
-                                   seed=args.seed, top_k=args.top_k, top_p=1.0 if args.top_p is None else args.top_p)
-            print(f"{args.question} {answer}")             # first: not every terminal can print the picture
-            if not codes:
-                print(terminal(image[None]))
-            picture = tokenizer.image_ids(tokenizer.image.encode(image[None]))[0].tolist()
-            row = tokenizer.mmu_prompt(question, picture) + tokenizer.text.encode(answer)
-            ids = torch.tensor([row[:model.config.max_length]])
-            batch, task = Batch(ids, mmu_spans(tokenizer, torch.ones_like(ids) == 1), None, ids), "mmu"
+            write_png(enlarged(image), path)
+            print(f"{path} written: {prompt}{judged(world, prompt, codes)}\n{terminal(image[None])}")
         if args.explain:
-            explain(model, tokenizer, batch.to(device), task, args.routing, args.out)
+            explain(model, tokenizer, tokenizer.t2i([prompt], codes), "t2i", args.routing, path)
 
 
-def explain(model, tokenizer, batch, task: str, routing: str, out: str) -> None:
+def ask(args, model, tokenizer, world, questions: list, out: Path) -> None:
+    """The picture, and every question with its answer."""
+    from .data import read_image
+    from .show import read_codes, terminal
+    see = not isinstance(tokenizer.image, Codes)
+    size = [n * tokenizer.image.patch for n in tokenizer.grid]
+    image = read_image(args.image, size) if see else read_codes(args.image, tokenizer)
+    codes = tokenizer.image.encode(image[None])
+    if see:
+        print(terminal(image[None]))
+    for number, question in enumerate(questions, start=1):
+        asked = tokenizer.text.chat(question)[0] if isinstance(tokenizer.text, HFText) else question
+        answer = generate_text(model, tokenizer, codes, [asked], args.routing, args.temperature or 0.0, seed=args.seed,
+                               top_k=args.top_k, top_p=1.0 if args.top_p is None else args.top_p)[0]
+        print(f"{question} {answer}{judged(world, question, codes, answer)}")
+        if args.explain:
+            row = tokenizer.mmu_prompt(asked, tokenizer.image_ids(codes)[0].tolist()) + tokenizer.text.encode(answer)
+            ids = torch.tensor([row[:model.config.max_length]])
+            batch = Batch(ids, mmu_spans(tokenizer, torch.ones_like(ids) == 1), None, ids)
+            explain(model, tokenizer, batch, "mmu", args.routing, numbered(out, number, len(questions)))
+
+
+def judged(world: World | None, text: str, codes: Tensor, answer: str | None = None) -> str:
+    """What the toy world's exact checker says of a drawing (of codes (1, h, w)), or of an answer on them; "" where it
+    cannot know."""
+    if world is None:
+        return ""
+    things, verdict = world.read(codes)[0], ""
+    held_out = [" ".join(pair) for pair in toy_language.held_out(world, text)]
+    note = f"; no training picture shows a {' or a '.join(held_out)} (held out)" if held_out else ""
+    if answer is None and (prompt := toy_language.read_prompt(world, text)):
+        shown = "no whole objects" if things is None else toy_language.caption(things)
+        verdict = "right" if world.fits(prompt, things) else f"wrong, it shows {shown}"
+    if answer is not None and things is not None and (right := toy_language.answer(world, text, things)):
+        verdict = "right" if answer == right else f"wrong, right is: {right}"
+    return f"  ({verdict}{note})" if verdict else ""
+
+
+def explain(model, tokenizer, batch, task: str, routing: str, out: Path) -> None:
     """Prints and writes which tokens of the finished sequence each routed layer kept; skipped patches are faded."""
     from .show import enlarged, kept_tokens, save_png, terminal
+    batch = batch.to(next(model.parameters()).device)
     pictures, labels, texts = kept_tokens(model, tokenizer, batch, task, routing)
     if not len(pictures):
         print(f"no layer of this model routes {task}: its plan keeps every token or skips the layer")
@@ -374,7 +453,7 @@ def explain(model, tokenizer, batch, task: str, routing: str, out: str) -> None:
     for picture, label, text in zip(pictures, labels, texts):
         print(f"{label}; text: {text}\n{terminal(picture[None])}")
     sheet = torch.stack([enlarged(picture) for picture in pictures])
-    print(save_png(sheet, labels, out[:-4] + "-kept.png", scale=1))
+    print(save_png(sheet, labels, out.with_name(f"{out.stem}-kept.png"), scale=1))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What a run tells: a line every few steps, every figure in metrics.jsonl and, if it is there, TensorBoard; samples.
 
-metrics.jsonl is only ever appended to, one JSON object a line. A run that resumes at step s first cuts it back to the
+metrics.jsonl is only ever appended to, one JSON object a line (null: a number that is not finite). A run that resumes at step s first cuts it back to the
 rows of step s and before (and drops a last line that a kill tore), so that every step has one row in the end.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from .files import whole_file
+from .files import json_text, whole_file, write_text
 from .flops import batch_flops, peak_flops
 from .generate import generate_image, generate_text
 from .show import save_png, write_codes
@@ -34,7 +34,7 @@ class Journal:
             self.board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
 
     def write(self, row: dict) -> None:
-        self.file.write(json.dumps(row) + "\n")
+        self.file.write(json_text(row) + "\n")
         self.file.flush()
         if self.board is not None:
             for name, value in row.items():
@@ -144,8 +144,7 @@ def samples(model, tokenizer, drawn: list, asked: list, drawing: dict, path: Pat
         return "no captions and no questions: nothing to show"
     path.parent.mkdir(parents=True, exist_ok=True)
     images, text = torch.cat(sheet), "\n".join(texts)
-    with whole_file(path.with_suffix(".txt")) as file:
-        file.write(text + "\n")
+    write_text(path.with_suffix(".txt"), text + "\n")
     if images.dim() == 3:
         return f"{text}\n{write_codes(images, path.with_suffix('.npy'))}"
     return f"{text}\n{save_png(images, texts, path.with_suffix('.png'), max(1, 128 // images.shape[1]))}"

@@ -107,8 +107,10 @@ class Objective(nn.Module):
 
     def forward(self, batches: dict, parts: dict, rules: dict | None = None) -> tuple[Tensor, dict]:
         loss, shown = 0.0, {}
-        for task, batch in batches.items():
-            task_loss, predictor = task_losses(self.model, batch, task, (rules or {}).get(task, "topk"))
+        with self.model.autocast():                        # the tasks share the casts of the weights
+            losses = {task: task_losses(self.model, batch, task, (rules or {}).get(task, "topk"))
+                      for task, batch in batches.items()}
+        for task, (task_loss, predictor) in losses.items():
             a, b = parts[task]
             loss = loss + TASK_WEIGHTS[task] * a * task_loss + b * predictor
             shown[task] = torch.stack((a * task_loss, b * predictor)).detach()

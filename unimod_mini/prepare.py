@@ -16,6 +16,10 @@ files of --size x --size codes of their image tokenizer: stage 2 has nothing to 
 Departure from the usual: a picture that occurs again, by its pixels, is stored once and keeps the split of its first
 occurrence, so that no picture is on both sides. The split is a hash of the key, so that more data moves nothing.
 
+OUT remembers the names, sizes and times of its sources' files. Where they are others now, --changed
+says what to do: `add` reads what stands behind what was read, and leaves that as it is; `anew`
+begins again.
+
 Legend: m pictures in a chunk, S pixels a side, h and w rows and columns of image codes.
 """
 
@@ -23,7 +27,7 @@ import argparse
 import json
 import math
 import os
-import sys
+import re
 from collections import Counter
 from itertools import chain, islice
 from pathlib import Path
@@ -32,16 +36,16 @@ from random import Random
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from .chunks import Chunks
 from .codec import ByteText, Codes, HFText, Palette, WordText, cut
 from .emoji import CREDITS, Emoji, check_size, fetch_emoji, write_notice
-from .files import whole_file, write_json
+from .console import command, progress_bar
+from .files import save_data, whole_file, write_json
 from .shards import Sample, read_tokenizer, text_ids, write_shards
 from .settings import flag
 from .show import pillow, save_png
-from .sources import ACCEPTED, DESCRIBE, read_source
+from .sources import ACCEPTED, DESCRIBE, fingerprint, read_source
 from .tokenizer import Tokenizer
 from .trainer import find_device
 from .vq import VQ, measure, train_vq
@@ -53,6 +57,9 @@ FIT_BYTES = 2**31                  # of them in memory, at most
 BUDGET = {"bytes": 256, "other": 128}    # text budget unless given; Show-o was pretrained with 128
 CAPTION = "Please describe this image."  # what a published model is asked where the words of a caption are the answer
 DEFAULTS = {"patch": 4, "codes": 1024, "width": 48, "vq_steps": 2000, "scenes": 20_000}      # of what not all jobs read
+MADE = ("work/records-*", "work/pixels-*", "work/codes-*", "work/*.pt", "work/pictures.done",
+        "tokenizer.pt", "train-*.shard", "held-*.shard", "held.jsonl", "reconstruction.png",
+        "skipped.txt", "dataset.json")     # all that is made of sources, in OUT
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -77,10 +84,26 @@ def by_split(chunks: Chunks) -> dict:
         numbers[record["split"]].add(record["picture"])
     numbers = {split: sorted(those) for split, those in numbers.items()}
     if not numbers["train"]:
-        why = next((f"; the first: {record['key']}: {record['skipped']}" for record in chunks.records()
-                    if "skipped" in record), "")
-        raise ValueError(f"no picture to train on: {sum(1 for _ in chunks.records())} entries were read{why}")
+        read = f"{sum(1 for _ in chunks.records())} entries"
+        raise ValueError(nothing(read, len(numbers["held"]), chunks.skipped()))
     return numbers
+
+
+def nothing(read: str, held: int, skipped: list) -> str:
+    """What to say when nothing is left to train on; skipped: (key, why).
+
+    Names the most frequent reason with an example. Reasons with the same words are the same, such
+    as "1.png is a link" and "2.png is a link".
+    """
+    reasons = {}
+    for key, why in skipped:
+        unquoted = re.sub("\".*?\"|'.*?'", "", why)
+        words = tuple(filter(str.isalpha, unquoted.split()))
+        reasons.setdefault(words, []).append(f"{why} ({key})")
+    most = max(reasons.values(), key=len, default=[])
+    example = f", {len(most)} of them for: {most[0]}" if most else ""
+    return (f"nothing to train on: {read} were read, {held} held out and {len(skipped)} left out"
+            f"{example}")
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -102,8 +125,7 @@ def make_codec(args, chunks: Chunks, train: list):
     if not path.exists():
         codec = (Codes(args.codes) if args.image == "codes" else load_codec(args.image) if args.image not in TRAINED
                  else fit_codec(args, chunks, train, training))
-        with whole_file(path, "wb") as file:
-            torch.save(Tokenizer("showo", ByteText(), codec, (1, 1), 3).state(), file)
+        save_data(path, Tokenizer("showo", ByteText(), codec, (1, 1), 3).state())
     training.unlink(missing_ok=True)                       # here: a kill behind codec.pt leaves it
     codec = load_codec(path)
     return codec.to(find_device(args.device)) if isinstance(codec, VQ) else codec
@@ -132,7 +154,7 @@ def load_codec(path):
 
 def write_codes(chunks: Chunks, codec) -> None:
     """Every chunk of pixels -> a chunk of codes."""
-    with tqdm(desc="codes", unit="picture", total=chunks.starts[-1]) as bar:
+    with progress_bar(desc="codes", unit="picture", total=chunks.starts[-1]) as bar:
         for chunk in range(len(chunks)):
             if not chunks.path("codes", chunk).exists():
                 images = torch.from_numpy(np.array(chunks.array("pixels", chunk)))
@@ -199,7 +221,7 @@ def samples(chunks: Chunks, tokenizer: Tokenizer, split: str, task: str, total: 
     """The samples of a split and task in the order of the sources; those over the text budget go to `skipped`."""
     texts = ((record, text[1], text[2]) for record in chunks.used() if record["split"] == split
              for text in record["texts"] if text[0] == task)
-    for record, question, answer in tqdm(texts, f"{split} {task}", total, unit="sample"):
+    for record, question, answer in progress_bar(texts, f"{split} {task}", total, unit="sample"):
         if task == "mmu" and isinstance(tokenizer.text, HFText):
             question, answer = tokenizer.text.chat(CAPTION if question == DESCRIBE else question, answer)
         try:
@@ -214,18 +236,29 @@ def samples(chunks: Chunks, tokenizer: Tokenizer, split: str, task: str, total: 
 
 
 def write_data(chunks: Chunks, tokenizer: Tokenizer, out: Path, about: dict) -> dict:
-    """The shards, and beside them held.jsonl and skipped.txt, which marks the data set as finished."""
+    """The shards, and beside them held.jsonl and skipped.txt, which marks the data set as finished.
+
+    ValueError when no text is left to train on: then there is no dataset.json.
+    """
     totals = Counter((record["split"], task) for record in chunks.used() for task, *_ in record["texts"])
-    skipped = [(record["key"], record["skipped"]) for record in chunks.records() if "skipped" in record]
-    about |= {"skipped_pictures": len(skipped), "repeated_pictures": sum(1 for _ in chunks.used()) - chunks.starts[-1],
+    skipped = chunks.skipped()
+    n_pictures = len(skipped)
+    about |= {"skipped_pictures": n_pictures, "repeated_pictures": sum(1 for _ in chunks.used()) - chunks.starts[-1],
               "held_by_kind": Counter(record["kind"] for record in chunks.used() if record["split"] == "held")}
-    (out / "dataset.json").unlink(missing_ok=True)         # of a call that was stopped before its last line
+    for name in ("dataset.json", "skipped.txt"):           # of other sources, or of a stopped call
+        (out / name).unlink(missing_ok=True)
     with whole_file(out / "held.jsonl") as listing:
         rows = {split: {task: samples(chunks, tokenizer, split, task, totals[split, task], skipped, listing)
                         for task in ("t2i", "mmu") if totals[split, task]} for split in ("train", "held")}
         counts = write_shards(out, tokenizer, rows, about=about)
+    is_empty = not any(counts["train"].values())
+    if is_empty:
+        (out / "dataset.json").unlink()
     with whole_file(out / "skipped.txt") as file:
         file.writelines(" ".join(f"{key}: {why}".split()) + "\n" for key, why in skipped)
+    if is_empty:
+        why = nothing(f"{totals.total()} texts", sum(counts["held"].values()), skipped[n_pictures:])
+        raise ValueError(f"{why}; {out}/skipped.txt lists all")
     print(f"{len(skipped)} left out{f', listed in {out}/skipped.txt' if skipped else ''}")
     return counts
 
@@ -255,6 +288,9 @@ def parser() -> argparse.ArgumentParser:
     cli.add_argument("--limit", type=int, help="the first so many entries; emoji: so many concepts")
     cli.add_argument("--scenes", type=int, help="emoji: composed scenes (20000)")
     cli.add_argument("--image-root", help="questions: the folder of the pictures (that of the .json)")
+    cli.add_argument("--changed", choices=("add", "anew"),
+                     help="where the sources are not what they were: add reads what was added behind what "
+                          "was read (that stays as it is), anew deletes what OUT has of them and begins again")
     cli.add_argument("--seed", type=int, default=0, help="of the scenes, the codec and its training pictures (0)")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cli.add_argument("--workers", type=int, default=cores, help="processes that read pictures (all cores)")
@@ -271,6 +307,7 @@ def fill_in(args) -> None:
             ("width", args.image in QUANTIZERS, f"--image {args.image} trains no VQ"),
             ("vq_steps", args.image in QUANTIZERS, f"--image {args.image} trains no VQ"),
             ("scenes", args.sources == ["emoji"], "only emoji has scenes"),
+            ("changed", args.sources != ["emoji"], "emoji is always the same"),
             ("image_root", questions, "no source is a .json or .jsonl of questions")):
         if getattr(args, name) is not None and not is_read:
             raise ValueError(f"{flag(name)} has no effect: {why}")
@@ -315,54 +352,94 @@ def check(args) -> None:
         pillow()
 
 
-def begin(args, out: Path) -> dict:
-    """Makes OUT, or takes it up again; returns the options that matter. FileExistsError when it holds something else,
-    ValueError when it was begun with other options."""
-    options = {name: value for name, value in vars(args).items() if name not in ("out", "workers", "device")}
-    resolved = lambda name, *words: name if name in words else str(Path(name).resolve())    # photos is ./photos
+def options_of(args) -> dict:
+    """The options that decide what is made, with full paths: photos is ./photos."""
+    without = ("out", "workers", "device", "changed")
+    options = {name: value for name, value in vars(args).items() if name not in without}
+    resolved = lambda name, *words: name if name in words else str(Path(name).resolve())
     options |= {"image": resolved(args.image, *TRAINED, "codes"), "image_root": args.image_root and resolved(
         args.image_root), "sources": [resolved(source, "emoji") for source in args.sources]}
     if args.text and args.text not in ("words", "bytes") and Path(args.text).is_dir():
         options["text"] = resolved(args.text)
+    return options
+
+
+def begin(args, out: Path) -> dict:
+    """Makes OUT, or takes it up again; returns its options and the fingerprint of its sources.
+
+    FileExistsError when it holds something else, ValueError when it was begun with other options or
+    other sources.
+    """
+    sources = fingerprint(args.sources, args.image_root, out)
+    origin = {"options": options_of(args), "sources": sources}
     settings = out / "work" / "options.json"
-    if settings.exists() or (out / "dataset.json").exists():
-        before = (json.loads(settings.read_text()) if settings.exists()
-                  else json.loads((out / "dataset.json").read_text(encoding="utf-8")).get("options", {}))
-        for name, value in options.items():
-            if before.get(name) != value:
-                raise ValueError(f"{out} was begun with {flag(name)} {before.get(name)}, not {value}: give "
-                                 "the same options, or another folder")
-        return options
+    noted = next((path for path in (settings, out / "dataset.json") if path.exists()), None)
+    if noted:
+        before = json.loads(noted.read_text(encoding="utf-8"))
+        check_options(out, before.get("options", {}), origin["options"])
+        if before.get("sources") != sources:
+            renew(out, args.changed, before.get("sources"), origin)
+        return origin
     if out.is_file() or any(path.is_file() and path.name != "options.json.tmp" for path in out.rglob("*")):
         raise FileExistsError(f"{out} holds other things: choose a new or an empty folder")
-    settings.parent.mkdir(parents=True, exist_ok=True)
-    write_json(settings, options)
-    return options
+    write_json(settings, origin)
+    return origin
+
+
+def check_options(out: Path, before: dict, now: dict) -> None:
+    for name, value in now.items():
+        if before.get(name) != value:
+            raise ValueError(f"{out} was begun with {flag(name)} {before.get(name)}, not {value}: "
+                             "give the same options, or another folder")
+
+
+def renew(out: Path, changed: str | None, before: dict | None, origin: dict) -> None:
+    """What --changed says to do when the sources are others than before; ValueError if nothing."""
+    settings = out / "work" / "options.json"
+    if changed == "add" and settings.exists():             # else: work was deleted
+        (out / "work" / "pictures.done").unlink(missing_ok=True)
+    elif changed == "anew":
+        for path in chain.from_iterable(map(out.glob, MADE)):
+            path.unlink()
+        write_json(settings, origin)
+    else:
+        unknown = {"files": "unknown", "bytes": "unknown"}
+        then, now = ("{files} files and {bytes} bytes".format(**of)
+                     for of in (before or unknown, origin["sources"]))
+        add = "--changed add reads what was added" if settings.exists() else (
+            "nothing can be added, for work/ was deleted")
+        raise ValueError(f"the sources are not what they were when {out} was begun ({then} then, "
+                         f"{now} now; names and times count, too): {add}, --changed anew begins again")
+
+
+def finished(out: Path, sources: dict | None) -> dict | None:
+    """The counts of the data set, when it is finished and of these sources."""
+    if (out / "dataset.json").exists() and (out / "skipped.txt").exists():
+        about = json.loads((out / "dataset.json").read_text(encoding="utf-8"))
+        return about["counts"] if about.get("sources") == sources else None
 
 
 def prepare(args) -> dict:
     """All stages; returns the counts, {split: {task: n}}."""
     check(args)
     out = Path(args.out)
-    options = begin(args, out)
-    if (out / "dataset.json").exists() and (out / "skipped.txt").exists():
+    origin = begin(args, out)
+    if counts := finished(out, origin["sources"]):
         print(f"{out} is finished")
-        return json.loads((out / "dataset.json").read_text(encoding="utf-8"))["counts"]
+        return counts
     chunks = Chunks(out / "work")
     if not (chunks.folder / "pictures.done").exists():
         read_pictures(args, chunks)
-        numbers = by_split(chunks)
+        write_json(chunks.folder / "options.json", origin)                   # now it has what was added
         (chunks.folder / "pictures.done").touch()
-    else:
-        print("pictures and texts were read before: what has changed in the source since then needs another folder")
-        numbers = by_split(chunks)
+    numbers = by_split(chunks)
     print(f"{chunks.starts[-1]} different pictures, {len(numbers['held'])} of them held out")
     codec = make_codec(args, chunks, numbers["train"])
     write_codes(chunks, codec)
     quality = {} if args.image == "codes" else judge_codec(chunks, codec, numbers, out, args.seed)
     tokenizer = make_tokenizer(args, chunks, codec)
-    about = {"options": options, "pictures": {split: len(those) for split, those in numbers.items()},
-             "reconstruction": quality}
+    pictures = {split: len(those) for split, those in numbers.items()}
+    about = origin | {"pictures": pictures, "reconstruction": quality}
     if args.sources == ["emoji"]:
         write_notice(out, "The art is real; the layout of the scenes is synthetic.\n")
         about["credits"] = list(CREDITS.values())
@@ -376,13 +453,8 @@ def prepare(args) -> dict:
 
 
 def main(argv=None) -> None:
-    args = parser().parse_args(argv)
-    try:
-        prepare(args)
-    except KeyboardInterrupt:
-        sys.exit("stopped: the same command goes on from here")
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+    with command(stopped="stopped: the same command goes on from here"):
+        prepare(parser().parse_args(argv))
 
 
 if __name__ == "__main__":

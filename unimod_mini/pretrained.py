@@ -16,15 +16,15 @@ baaivision/Emu3 (emu3/mllm/configuration_emu3.py). Legend: ours, our state dict 
 import json
 import re
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from .config import PRESETS, ModelConfig
-from .files import whole_file
+from .files import json_text, plain, whole_file
 from .routers import Plan
-from .transformer import UnifiedTransformer
+from .transformer import WRAPPERS, UnifiedTransformer, unwrapped
 
 # --------------------------------------------------------------------------------------------------------------
 # Two vocabularies
@@ -183,14 +183,17 @@ def weight_files(folder: Path) -> list:
             return [folder / name]
         if (index := folder / f"{name}.index.json").exists():
             with reading(index) as stored:
-                return [folder / part for part in sorted(set(stored["weight_map"].values()))]
+                parts = sorted(set(stored["weight_map"].values()))
+                if not parts:
+                    raise ValueError("weight_map is empty, expected the file of every weight")
+                return [folder / part for part in parts]
     raise FileNotFoundError(f"{folder} has no weights: {', '.join(WEIGHTS)}, or an index of parts")
 
 
 def tensors(file: Path):
     """(name, tensor) of one file, mapped: a page is read when it is used. ValueError when the file is not whole."""
     try:
-        if file.suffix == ".safetensors":
+        if ".safetensors" in file.suffixes:                # also of one that has not got its name yet
             with safetensors()[0](file, "pt") as stored:
                 yield from ((name, stored.get_tensor(name)) for name in stored.keys())
         else:
@@ -209,9 +212,11 @@ def state_from(files: list, model: UnifiedTransformer, dtype) -> dict:
         for key, tensor in tensors(file):
             if IGNORED.search(key):
                 continue
-            ours = names.pop(NESTED.sub("", key), None)
+            ours = names.pop(NESTED.sub("", WRAPPERS.sub("", key)), None)
             if ours is None:
                 wrong.append(f"{key} is unknown or there twice")
+            elif not isinstance(tensor, torch.Tensor):
+                wrong.append(f"{key} is a {type(tensor).__name__} instead of a tensor")
             elif tensor.shape != wanted[ours].shape or not tensor.is_floating_point():
                 wrong.append(f"{key} is {tuple(tensor.shape)} {tensor.dtype} instead of {tuple(wanted[ours].shape)}")
             else:
@@ -256,18 +261,34 @@ def save_pretrained(model: UnifiedTransformer, path) -> None:
     """Write a folder that load_pretrained reads to the bit, and transformers (AutoModelForCausalLM) as the dense model.
 
     Emu3 is written as Llama, the same weights: AutoModelForCausalLM does not know Emu3's language model alone. All
-    files are written under temporary names and then renamed, config.json last: without it a folder is refused.
-    ValueError, before anything is written, for a config that Hugging Face cannot express.
+    files are written under temporary names, read back and then renamed, config.json last: without it a folder is
+    refused. ValueError, before anything is written, for a config that Hugging Face cannot express.
     """
-    folder, config, save_file = Path(path), config_to_hf(model.config), safetensors()[1]
+    model, folder, save_file = unwrapped(model), Path(path), safetensors()[1]
+    config = plain(config_to_hf(model.config))
     config["dtype"] = config["torch_dtype"] = str(model.head.weight.dtype).removeprefix("torch.")
-    ours = {"plan": asdict(model.plan)} | {field: getattr(model.config, field) for field in OUR_FIELDS}
+    ours = {"plan": model.plan} | {field: getattr(model.config, field) for field in OUR_FIELDS}
     state, weights = model.state_dict(), {"unimod.safetensors": {}, "model.safetensors": {}}
     for name, our in their_names(model).items():
-        weights[f"{'unimod' if name == our else 'model'}.safetensors"][name] = state[our].contiguous()
-    folder.mkdir(parents=True, exist_ok=True)
+        weights[f"{'unimod' if name == our else 'model'}.safetensors"][name] = state[our]
     with ExitStack() as files:                             # closed in the reverse order
         for name, content in (("config.json", config), ("unimod.json", ours)):
-            json.dump(content, files.enter_context(whole_file(folder / name)), indent=1)
+            files.enter_context(whole_file(folder / name)).write(json_text(content, indent=1))
         for name, content in weights.items():
-            save_file(content, files.enter_context(whole_file(folder / name, "wb")).name, {"format": "pt"})
+            part = files.enter_context(whole_file(folder / name, "wb")).name
+            save_file(untied(content), part, {"format": "pt"})
+            if shapes(dict(tensors(Path(part)))) != shapes(content):
+                raise OSError(f"{part}: what was written is not what is read back: look at the disk")
+
+
+def untied(weights: dict) -> dict:
+    """The same weights, of which no two share their memory: the later ones of tied weights are copies."""
+    apart, seen = {}, set()
+    for name, weight in weights.items():
+        apart[name] = weight.clone() if weight.data_ptr() in seen else weight.contiguous()
+        seen.add(weight.data_ptr())
+    return apart
+
+
+def shapes(weights: dict) -> dict:
+    return {name: weight.shape for name, weight in weights.items()}

@@ -26,7 +26,7 @@ from .checkpoints import named_tensors
 from .distributed import freeze_unused, local, reshard, synchronised, total, whole, wrap
 from .graphs import Recorded
 from .objectives import Objective, token_counts, training_rules
-from .trainer import Muon, clip_gradients, hidden_and_rest, learning_rate, precision
+from .trainer import Muon, clip_gradients, hidden_and_rest, learning_rate
 from .transformer import UnifiedTransformer
 
 
@@ -54,11 +54,10 @@ def to_device(micro: dict, device: torch.device) -> dict:
     return {task: batch.to(device) for task, batch in micro.items()}
 
 
-def forward_backward(wrapped, device: torch.device, micro: dict, part: dict, rules: dict) -> dict:
+def forward_backward(wrapped, micro: dict, part: dict, rules: dict) -> dict:
     """One pass of an Objective, wrapped or not; adds to the gradient. Returns {task: its losses}."""
     world = dist.get_world_size() if dist.is_initialized() else 1
-    with precision(device):
-        loss, shown = wrapped(micro, part, rules)
+    loss, shown = wrapped(micro, part, rules)
     (world * loss).backward()                              # DDP and FSDP divide by the number of ranks
     return shown
 
@@ -79,11 +78,12 @@ class Run:
         self.model = self.objective = self.wrapped = self.passes = self.optimizers = self.average = None
         gc.collect()                                       # FSDP's modules hold each other in cycles
         self.stage, self.model, self.since = stage, model, since
+        model.precision = self.config.precision
         freeze_unused(model, self.lengths)
         prepare(model, self.config)
         self.objective = Objective(model)
         self.wrapped = wrap(self.objective, self.config.parallel, self.device)
-        passes = partial(forward_backward, self.wrapped, self.device)
+        passes = partial(forward_backward, self.wrapped)
         self.passes = Recorded(passes, model, self.device) if self.config.graphs else passes
         self.optimizers = build_optimizers(model, self.config)
         self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
@@ -131,7 +131,7 @@ class Run:
         """{task: mean loss over all micro-batches and ranks} of the (averaged) model; all ranks call it."""
         self.objective.eval()
         sums = {task: torch.zeros(2, device=self.device) for micro in batches for task in micro}
-        with self.averaged(), precision(self.device):
+        with self.averaged():
             for micro, part in zip(batches, parts, strict=True):
                 _, losses = self.objective(to_device(micro, self.device), part)
                 for task, pair in losses.items():
@@ -167,6 +167,7 @@ class Run:
         with torch.device("meta"):                         # takes no memory and no random number
             model = UnifiedTransformer(self.model.config, self.model.plan)
         model.load_state_dict(weights, assign=True)
+        model.precision = self.model.precision
         return model
 
 

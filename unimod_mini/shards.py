@@ -36,10 +36,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from .codec import cut
-from .files import whole_file
+from .console import progress_bar
+from .files import json_text, save_data, whole_file, write_json
 from .objectives import drop_prompts, mask_image_tokens
 from .routers import TASKS
 from .tokenizer import Batch, Tokenizer
@@ -90,14 +90,12 @@ def write_shards(folder, tokenizer: Tokenizer, samples: dict, per_shard: int = 2
             raise ValueError(f"splits are {', '.join(SPLITS)}, tasks {', '.join(TASKS)}, not {split!r}: {list(tasks)}")
     for stale in (path for split in SPLITS for task in TASKS for path in folder.glob(f"{split}-{task}-*.shard*")):
         stale.unlink()
-    with whole_file(folder / "tokenizer.pt", "wb") as file:
-        torch.save(tokenizer.state(), file)
+    about = json_text(about or {})                         # first: what is no JSON is refused before hours of writing
+    save_data(folder / "tokenizer.pt", tokenizer.state())
     digest = tokenizer_hash(tokenizer)
     counts = {split: {task: write_task(folder, tokenizer, digest, split, task, rows, per_shard)
                       for task, rows in tasks.items()} for split, tasks in samples.items()}
-    text = json.dumps({"counts": counts, **(about or {})}, indent=1, ensure_ascii=False)
-    with whole_file(folder / "dataset.json") as file:
-        file.write(text + "\n")
+    write_json(folder / "dataset.json", {"counts": counts, **json.loads(about)})
     return counts
 
 
@@ -188,7 +186,7 @@ class Shards:
         self.arrays = {}                                   # (split, task) -> arrays on disk, each (n, 2 + S + N)
         paths = sorted(self.folder.glob("*.shard"))
         size = sum(path.stat().st_size for path in paths)
-        with tqdm(total=size, desc="checking shards", unit="B", unit_scale=True, disable=size < 2**30) as bar:
+        with progress_bar(total=size, desc="checking shards", unit="B", unit_scale=True, disable=size < 2**30) as bar:
             for path in paths:
                 header = read_header(path, self.tokenizer, self.tokenizer_hash)
                 rows = np.memmap(path, header["dtype"], "r", HEADER, tuple(header["shape"]))
@@ -312,8 +310,9 @@ class Loader:
                 raise ValueError(f"{n} samples of {task} in a step do not divide among {world} ranks x {accumulate} "
                                  f"accumulation steps: {low} or {low + parts} would do")
             if n and not shards.count(task, split):
+                there = ", ".join(f"{ends[-1]} of {s}-{t}" for (s, t), ends in shards.ends.items())
                 raise ValueError(f"{shards.folder} has no sample of {task} in its split {split}; it has "
-                                 + ", ".join(f"{ends[-1]} of {s}-{t}" for (s, t), ends in shards.ends.items()))
+                                 + (there or "none at all: prepare the data again"))
         if not any(counts.values()):
             raise ValueError(f"a step without samples: counts are {counts}")
         self.shards, self.seed, self.rank, self.world, self.drop, self.split = shards, seed, rank, world, drop, split

@@ -10,23 +10,43 @@ import torch
 from torch import Tensor
 
 from . import sources
-from .data import open_picture
+from .console import shows
 from .files import whole_file
 from .transformer import inference
 
 DIM = 0.2        # what is left of a skipped patch's contrast to white
+RAMP = ".:-=+*#%@"   # from dark to bright
 
 
-def terminal(images: Tensor) -> str:
-    """uint8 (B, H, W, 3) -> the pictures side by side as coloured half blocks (two pixel rows a line)."""
-    gap = images.new_zeros(*images.shape[:2], 1, 3)
-    wide = torch.cat([torch.cat((image, space), 1) for image, space in zip(images, gap)], 1)     # (H, B (W + 1), 3)
-    wide = torch.cat((wide, wide[len(wide) - len(wide) % 2:]))                                   # an even height
+def terminal(images: Tensor, how: str | None = None) -> str:
+    """uint8 (B, H, W, 3) -> the pictures side by side, as stdout can show them (how: one of console.shows)."""
+    draw = {"blocks": half_blocks, "blanks": blanks, "letters": letters}[how or shows()]
+    return "\n".join(" ".join(row) for row in zip(*map(draw, images)))
+
+
+def half_blocks(image: Tensor) -> list:
+    """(H, W, 3) -> lines of two pixel rows each: the upper pixel is the letter's colour, the lower one is behind it."""
+    even = torch.cat((image, image[len(image) - len(image) % 2:]))           # below an odd last row stands that row again
     lines = []
-    for upper, lower in zip(wide[::2].tolist(), wide[1::2].tolist()):
+    for upper, lower in zip(even[::2].tolist(), even[1::2].tolist()):
         cells = ("\x1b[38;2;{};{};{}m\x1b[48;2;{};{};{}m▀".format(*a, *b) for a, b in zip(upper, lower))
         lines.append("".join(cells) + "\x1b[0m")
-    return "\n".join(lines)
+    return lines
+
+
+def blanks(image: Tensor) -> list:
+    """(H, W, 3) -> a line for each pixel row, two coloured blanks for a pixel: ASCII alone."""
+    lines = []
+    for row in image.tolist():
+        lines.append("".join("\x1b[48;2;{};{};{}m  ".format(*pixel) for pixel in row) + "\x1b[0m")
+    return lines
+
+
+def letters(image: Tensor) -> list:
+    """(H, W, 3) -> a line for each pixel row, two letters for a pixel, the fuller the brighter: no colours."""
+    weights = torch.tensor([0.299, 0.587, 0.114], device=image.device)       # of red, green and blue (ITU-R BT.601)
+    index = (image.float() @ weights * len(RAMP) / 256).long()               # (H, W)
+    return ["".join(2 * RAMP[i] for i in row) for row in index.tolist()]
 
 
 def save_png(images: Tensor, captions: list, path, scale: int = 8) -> str:
@@ -85,21 +105,6 @@ def write_png(image: Tensor, path) -> None:
     picture = pillow().fromarray(image.cpu().numpy())      # before the file: without pillow there is none
     with whole_file(path, "wb") as file:
         picture.save(file, format="PNG")
-
-
-def read_png(path, height: int, width: int) -> Tensor:
-    """A picture file of height x width pixels, or of a whole multiple, which is thinned out: uint8 (H, W, 3).
-
-    ValueError names the file when it is no picture or has another size.
-    """
-    picture = open_picture(path)
-    size = picture.size
-    k = max(1, size[0] // width)
-    if size != (k * width, k * height):
-        raise ValueError(f"{path} has {size[0]}x{size[1]} pixels, this model sees {width}x{height} or a multiple of "
-                         "it: crop or resize the picture")
-    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(size[1], size[0], 3)
-    return pixels[k // 2::k, k // 2::k].contiguous()
 
 
 @inference

@@ -11,11 +11,12 @@ the usual: what cannot be used is part of the stream (`Skipped`), so that an ent
 read.
 """
 
+import contextlib
 import csv
 import hashlib
 import io
+import os
 import tarfile
-from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from .codec import cut
 from .data import METADATA, _parse_line, check_row, parse_json, read_image
 
 DESCRIBE = "describe ?"
+QUESTIONS = (".json", ".jsonl")
 SUFFIXES = {False: ("jpg", "jpeg", "png", "webp", "gif", "bmp"), True: ("npy",)}            # True: codes
 ACCEPTED = ("emoji, a folder with metadata.jsonl or captions.csv, a folder of .tar files, a .tar file, or a LLaVA "
             ".json or .jsonl of questions")
@@ -75,9 +77,43 @@ def read_source(source: str, image_root: str | None = None, codes: bool = False)
         raise FileNotFoundError(f"{source} does not exist; a source is {ACCEPTED}")
     elif path.suffix == ".tar":
         return webdataset(path, codes)
-    elif path.suffix in (".json", ".jsonl"):
+    elif path.suffix in QUESTIONS:
         return conversations(path, Path(image_root or path.parent))
     raise ValueError(f"{source} is no source that can be read: expected {ACCEPTED}")
+
+
+def fingerprint(sources: list, image_root: str | None, out) -> dict | None:
+    """Files and bytes of the sources, and a hash of all names, sizes and times; None for emoji."""
+    if sources == ["emoji"]:
+        return None
+    sizes, digest = [], hashlib.sha256()
+    for name, about in source_files(sources, image_root, out):
+        sizes.append(about.st_size)
+        digest.update(os.fsencode(f"{name}\0{about.st_size}\0{about.st_mtime_ns}\0"))
+    return {"files": len(sizes), "bytes": sum(sizes), "sha256": digest.hexdigest()}
+
+
+def source_files(sources: list, image_root: str | None, out):
+    """(name in its source, os.stat) of every file that is not in `out`.
+
+    Links are followed, and each folder is entered once: they may go round.
+    """
+    roots = [Path(source) for source in sources]
+    roots += [Path(image_root or root.parent) for root in roots if root.suffix in QUESTIONS]
+    seen = {os.path.realpath(out)}
+    for root in roots:
+        if root.is_file():
+            yield root.name, root.stat()
+        for folder, folders, names in os.walk(root, followlinks=True):       # of a file: nothing
+            real, inside = os.path.realpath(folder), os.path.relpath(folder, root)
+            if real in seen:
+                folders.clear()                            # no deeper
+                continue
+            seen.add(real)
+            folders.sort()
+            for name in sorted(names):
+                with contextlib.suppress(OSError):         # a link to nothing
+                    yield os.path.join(inside, name), os.stat(os.path.join(folder, name))
 
 
 def rows_of(rows, folder: Path, check):
@@ -138,32 +174,88 @@ def csv_rows(table):
 
 
 def webdataset(tar: Path, codes: bool = False):
-    """The samples of a tar: neighbouring files that are called the same up to the first dot."""
+    """The samples of a tar, as tar_groups finds them; what is none, or damaged, is Skipped.
+
+    ignore_zeros: behind an end mark another archive may follow, and behind damage the rest.
+    """
     try:
-        with tarfile.open(tar, "r:") as archive:           # plain: whoever decodes a picture reads it by its place
-            for key, group in groupby(tar_members(archive), key=lambda member: member[0]):
-                parts = {suffix: part for _, suffix, part in group}
-                yield tar_sample(tar, archive, "/".join((tar.name, *filter(None, key))), parts, codes)
-            archive.fileobj.seek(archive.offset)           # tarfile takes a damaged header for the end
-            end = archive.fileobj.read(tarfile.BLOCKSIZE)
-            if end != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError(f"byte {archive.offset} is damaged" if end else "there is no end mark: perhaps it is "
-                                        "cut short")
-    except (tarfile.TarError, OSError, EOFError) as error:
-        yield Skipped(tar.name, f"the rest of it cannot be read ({error}); expected a tar without compression")
+        # without compression: whoever decodes a picture reads it by its place
+        with tarfile.open(tar, "r:", ignore_zeros=True) as archive:
+            for name, parts in tar_groups(archive):
+                key = "/".join((tar.name, *filter(None, name)))
+                yield tar_sample(tar, archive, key, parts, codes)
+    except (tarfile.TarError, OSError) as error:
+        yield Skipped(tar.name, f"the rest of it cannot be read ({error}); "
+                                "expected a tar without compression")
 
 
-def tar_members(archive):
-    """((folder, name up to the first dot), the rest of the name, member) of every file."""
-    for part in archive:
-        folder, _, name = part.name.rpartition("/")
+def tar_groups(archive):
+    """(name, {suffix: part}) of every sample: neighbours of one name, each suffix once.
+
+    a.png a.txt a.png a.txt b.png -> a {png, txt}, a {png, txt}, b {png}
+    """
+    group, parts = None, {}
+    for name, suffix, part in tar_parts(archive):
+        if name[1] == "":                                  # ._0.png may lie between 0.png and 0.txt
+            yield (name[0], f".{suffix}"), {"": "a hidden file belongs to no sample"}
+            continue
+        if parts and (name != group or suffix in parts):
+            yield group, parts
+            parts = {}
+        group, parts[suffix] = name, part
+    if parts:
+        yield group, parts
+
+
+def tar_parts(archive):
+    """((folder, name up to the first dot), the rest of the name, member) of all but folders.
+
+    In place of a member without bytes of its own, and of damage, stands a text that says why.
+    """
+    file, end = archive.fileobj, 0
+    for member in archive:
+        yield from tar_gap(file, end, member.offset)
+        end = archive.offset
+        folder, _, name = member.name.rpartition("/")
         stem, _, suffix = name.partition(".")
-        if part.isfile() and stem:
-            yield (folder, stem), suffix.lower(), part
+        if not member.isdir():
+            yield (folder, stem), suffix.lower(), not_plain(member) or member
+    size = file.seek(0, io.SEEK_END)
+    if size - end < tarfile.BLOCKSIZE:
+        yield ("", None), "", "there is no end mark: perhaps it is cut short"
+    else:
+        yield from tar_gap(file, end, size)
+
+
+def not_plain(member) -> str:
+    """Why a member holds no bytes that can be read by their place; "" for a plain file."""
+    if member.isreg() and not member.issparse():
+        return ""
+    kind = "a link" if member.issym() or member.islnk() else "no plain file"
+    return f"{Path(member.name).name} is {kind}: store the file itself"
+
+
+def tar_gap(file, start: int, stop: int):
+    """What tar_parts has for the bytes between two members: nothing, when they are zeros.
+
+    Nor when they begin with a header: it is one for all that follow, and tarfile has read it.
+    """
+    file.seek(start)
+    places = range(start, stop, tarfile.BLOCKSIZE)
+    blocks = (file.read(tarfile.BLOCKSIZE) for _ in places)
+    first = next(filter(any, blocks), None)
+    try:
+        if first:
+            tarfile.TarInfo.frombuf(first, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        why = f"bytes {start} to {stop} are no entry: it is damaged, or compressed"
+        yield ("", None), "", why
 
 
 def tar_sample(tar: Path, archive, key: str, parts: dict, codes: bool):
-    """{suffix: member} -> Item or Skipped. The caption is the .txt, else "caption" in the .json."""
+    """{suffix: part} -> Item or Skipped. The caption is the .txt, else "caption" in the .json."""
+    if why := next((part for part in parts.values() if isinstance(part, str)), ""):
+        return Skipped(key, why)
     picture = next((parts[suffix] for suffix in SUFFIXES[codes] if suffix in parts), None)
     if picture is None:
         return Skipped(key, f"no picture among .{', .'.join(parts)}")

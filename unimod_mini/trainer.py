@@ -4,16 +4,15 @@ Legend: B batch, T tokens.
 """
 
 import math
-from dataclasses import asdict
 
 import torch
 from torch import nn
 
 from .config import ModelConfig
-from .files import whole_file
+from .files import save_data
 from .objectives import TASK_WEIGHTS, task_losses, training_rules
 from .routers import Plan
-from .transformer import UnifiedTransformer, inference
+from .transformer import PRECISIONS, UnifiedTransformer, inference, unwrapped, without_wrappers
 
 
 def find_device(name: str | None = None) -> torch.device:
@@ -28,16 +27,21 @@ def find_device(name: str | None = None) -> torch.device:
     raise ValueError(f"no device {name!r} here: choose from {', '.join(k for k, there in here.items() if there)}")
 
 
-def precision(device: torch.device):
-    """bf16 autocast where the hardware multiplies bf16 (CUDA, CPUs with AVX512-BF16), else float32."""
-    on_cpu = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
-            device.type == "cpu" and on_cpu())
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast)
+def find_precision(name: str, device: torch.device, trained: str = "bf16") -> str:
+    """"float32" or "bf16" as named; for "auto" `trained`, where the hardware multiplies it, else "float32".
 
-
-def precision_name(device: torch.device) -> str:
-    return "bf16 autocast" if precision(device)._enabled else "float32"
+    CUDA devices multiply bf16, and CPUs with AVX512-BF16; other CPUs compute the same by force, only slower.
+    ValueError for another name.
+    """
+    if name in PRECISIONS:
+        return name
+    if name != "auto":
+        raise ValueError(f"no precision {name!r}: choose from auto, {', '.join(PRECISIONS)}")
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return trained if fast else "float32"
 
 
 def seed_everything(seed: int) -> None:
@@ -105,6 +109,7 @@ def make_optimizers(model: nn.Module, muon_lr: float = 0.01, lr: float = 2e-3) -
 
     ValueError for float16 weights, in which AdamW's epsilon is 0.
     """
+    model = unwrapped(model)
     if any(p.dtype == torch.float16 for p in model.parameters()):
         raise ValueError("float16 weights cannot be trained: convert them first, model.float() or model.bfloat16()")
     hidden, rest = hidden_and_rest(model)
@@ -248,18 +253,23 @@ def predictor_report(model: UnifiedTransformer, batches: dict) -> dict:
 # --------------------------------------------------------------------------------------------------------------
 
 def save_checkpoint(path, model: UnifiedTransformer, **extra) -> None:
-    """Weights, config, plan and plain `extra` data, readable with weights_only=True; written, then renamed.
-    ValueError for extra data called config or plan."""
-    if taken := {"config", "plan"} & set(extra):
+    """Weights, config, plan, precision and plain `extra` data, for load_checkpoint.
+
+    ValueError, before anything is written, for extra data that is not plain (files.plain) or takes one of these names.
+    """
+    model = unwrapped(model)
+    own = {"model": model.state_dict(), "config": model.config, "plan": model.plan, "precision": model.precision}
+    if taken := own.keys() & extra.keys():
         raise ValueError(f"save_checkpoint: {', '.join(sorted(taken))} is stored from the model: take another name")
-    stored = {"model": model.state_dict(), "config": asdict(model.config), "plan": asdict(model.plan), **extra}
-    with whole_file(path, "wb") as file:
-        torch.save(stored, file)
+    save_data(path, own | extra)
 
 
-def load_checkpoint(path, device="cpu") -> tuple[UnifiedTransformer, dict]:
-    """What save_checkpoint wrote -> (model, everything else), in evaluation mode (model.train() trains on). ValueError
-    names the file when it is something else."""
+def load_checkpoint(path, device="cpu", precision: str = "auto") -> tuple[UnifiedTransformer, dict]:
+    """What save_checkpoint wrote -> (model, everything else), in evaluation mode (model.train() trains on).
+
+    precision: as find_precision takes it; "auto" is the one that the model was trained in. ValueError names the file
+    when it is something else.
+    """
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -269,7 +279,9 @@ def load_checkpoint(path, device="cpu") -> tuple[UnifiedTransformer, dict]:
     try:
         with torch.device("meta"):                         # the file's tensors become the model's, dtype and all
             model = UnifiedTransformer(ModelConfig(**stored.pop("config")), Plan(**stored.pop("plan")))
-        model.load_state_dict(stored.pop("model"), assign=True)
+        model.load_state_dict(without_wrappers(stored.pop("model")), assign=True)
     except Exception as error:
         raise ValueError(f"{path} is not a checkpoint of unimod_mini: {error}") from error
+    trained = stored.pop("precision", "float32")           # absent from older checkpoints
+    model.precision = find_precision(precision, torch.device(device), trained)
     return model.to(device).eval(), stored

@@ -11,7 +11,8 @@ that dense and routed layers are the same line, x + g u, with g = 1 in a dense o
 Legend: B batch, T tokens, K kept tokens, D width, H heads, G key/value heads, d head width, V vocabulary.
 """
 
-from contextlib import contextmanager
+import re
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import wraps
 from typing import NamedTuple
@@ -193,17 +194,41 @@ def evaluating(model: nn.Module):
             module.training = training
 
 
+WRAPPERS = re.compile(r"\b(_orig_mod|module)\.")                             # of torch.compile, of DDP
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of torch.compile(model) or DistributedDataParallel(model); the model itself has no wrapper."""
+    while (inner := getattr(model, "_orig_mod", getattr(model, "module", None))) is not None:
+        model = inner
+    return model
+
+
+def without_wrappers(weights: dict) -> dict:
+    """{name: tensor} of a wrapped model under the names of the model itself."""
+    return {WRAPPERS.sub("", name): weight for name, weight in weights.items()}
+
+
 def inference(function):
-    """Decorates function(model, ..): without gradients or dropout."""
+    """Decorates function(model, ..): without gradients, dropout or wrappers."""
     @wraps(function)
     def run(model, *args, **options):
+        model = unwrapped(model)
         with torch.no_grad(), evaluating(model):
             return function(model, *args, **options)
     return run
 
 
+PRECISIONS = ("float32", "bf16")
+
+
 class UnifiedTransformer(nn.Module):
-    """model(ids, task) -> Output. plan=None: every layer dense. Weights are float32 unless converted."""
+    """model(ids, task) -> Output. plan=None: every layer dense. Weights are float32 unless converted.
+
+    precision: "bf16" runs matrix products in bf16 (autocast over the float32 weights), whoever calls the model.
+    Residual stream, router scores and losses stay float32.
+    """
+    precision = "float32"          # one of PRECISIONS; copies, checkpoints and generation keep it
 
     def __init__(self, config: ModelConfig, plan: Plan | None = None):
         super().__init__()
@@ -247,6 +272,7 @@ class UnifiedTransformer(nn.Module):
         weight = self.embed.weight
         copy = UnifiedTransformer(replace(self.config, **changes), plan).to(weight.device, weight.dtype)
         copy.train(self.training)
+        copy.precision = self.precision
         fresh = {name: weight for name, weight in copy.state_dict().items() if name.startswith("routers.")}
         own = {name: weight for name, weight in self.state_dict().items() if not name.startswith("routers.")}
         copy.load_state_dict(own | fresh)                  # strict: an error lists the names that do not fit
@@ -267,12 +293,20 @@ class UnifiedTransformer(nn.Module):
         if cache is not None:
             cache.begin(context)
         x, routings = self.embed_tokens(ids, valid, cache), []
-        for layer in range(self.config.n_layer):
-            x, decision = self.layer(layer, x, task, context, routing, cache)
-            routings.append(decision)
+        with self.autocast():
+            for layer in range(self.config.n_layer):
+                x, decision = self.layer(layer, x, task, context, routing, cache)
+                routings.append(decision)
+            logits = self.head(self.norm(x))
         if cache is not None:
             cache.end(context)
-        return Output(self.head(self.norm(x)), routings)
+        return Output(logits, routings)
+
+    def autocast(self):
+        """The context of self.precision. Around several forwards it casts the weights once for all of them."""
+        if self.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.embed.weight.device.type, torch.bfloat16)
 
     def embed_tokens(self, ids: Tensor, valid: Tensor | None = None, cache=None) -> Tensor:
         """ids (B, T) -> x (B, T, D); the n-th image token of a picture also gets learned position n, if any.

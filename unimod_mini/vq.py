@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.special import entr
-from tqdm import tqdm
 
-from .files import whole_file
+from .console import progress_bar
+from .files import save_data
 
 COMMITMENT, ENTROPY, PEAK_RATE = 0.25, 0.1, 6e-3  # two loss weights (L1 has 1), learning rate
 FADE, DEAD = 0.1, 0.03  # rate of the running share of a code; below DEAD / C the code restarts
@@ -161,7 +161,8 @@ def train_vq(images: Tensor, vq: VQ, steps: int, seed=0, batch=32, progress=True
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(vq.parameters(), betas=(0.9, 0.95))
     done = load_training(state, vq, optimizer, generator) if state and Path(state).exists() else 0
-    for step in (bar := tqdm(range(done, steps), "fit vq", steps, initial=done, disable=not progress)):
+    steps_left = range(done, steps)
+    for step in (bar := progress_bar(steps_left, "fit vq", steps, initial=done, disable=not progress)):
         # the rate climbs for a tenth of the steps, then falls to zero
         optimizer.param_groups[0]["lr"] = PEAK_RATE * min(10 * (step + 1) / steps, 1 - step / steps)
         pixels = vq.pixels(images[torch.randint(len(images), (batch,), generator=generator)])
@@ -173,15 +174,14 @@ def train_vq(images: Tensor, vq: VQ, steps: int, seed=0, batch=32, progress=True
         optimizer.step()
         if vq.quantizer == "nearest":
             vq.restart(latents, chosen.codes, generator)
-        bar.set_postfix(loss=f"{loss.item():.3f}")
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
         if state and (step + 1) % SAVE_EVERY == 0:
             save_training(state, step + 1, vq, optimizer, generator)
 
 
 def save_training(path, done: int, vq: VQ, optimizer, generator: torch.Generator) -> None:
-    with whole_file(path, "wb") as file:
-        torch.save({"done": done, "vq": vq.state_dict(), "optimizer": optimizer.state_dict(),
-                    "generator": generator.get_state()}, file)
+    save_data(path, {"done": done, "vq": vq.state_dict(), "optimizer": optimizer.state_dict(),
+                     "generator": generator.get_state()})
 
 
 def load_training(path, vq: VQ, optimizer, generator: torch.Generator) -> int:
