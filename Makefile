@@ -11,7 +11,7 @@ soak: .venv/ready
 	SOAK=20 .venv/bin/python -m pytest -q tests/test_full.py -k kill
 
 emoji: .venv/ready
-	.venv/bin/python -m unimod_mini.emoji out/emoji
+	.venv/bin/python -m unimod_mini.data.emoji out/emoji
 	.venv/bin/python train_toy.py --images out/emoji --out out/toy-emoji
 
 .venv/ready: requirements.txt

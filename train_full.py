@@ -7,7 +7,7 @@
 The global batch, and so every loss, is the same however many processes share it and however often they accumulate. A
 run can be killed at any moment: the same command with --resume auto goes on, to the same weights. `--help` lists the
 settings. Reads top to bottom: settings, what a run works with, beginning and going on, the layer switch, what is shown,
-the loop. The step itself is in unimod_mini/run.py.
+the loop. The step itself is in unimod_mini/train/trainer.py.
 """
 
 import math
@@ -20,21 +20,23 @@ from typing import NamedTuple
 
 import torch
 
-from unimod_mini import (METHODS, ModelConfig, Plan, UnifiedTransformer, arank_table, calibrate, checkpoints,
-                         graphs, plan_for_budget, predictor_report, save_checkpoint)
+from unimod_mini import (METHODS, ModelConfig, Plan, UnifiedTransformer, arank_table, calibrate,
+                         plan_for_budget, predictor_report, save_checkpoint)
+from unimod_mini.train import checkpoints, cuda_graphs as graphs
 from unimod_mini.config import PRESETS as PUBLISHED
 from unimod_mini.console import command
-from unimod_mini.distributed import Ranks, asked_to_stop, from_first, join
-from unimod_mini.files import write_json
+from unimod_mini.train.distributed import Ranks, asked_to_stop, from_first, join
+from unimod_mini.atomic_files import write_json
 from unimod_mini.flops import flops_ratio
-from unimod_mini.journal import Clock, Journal, figures, line, samples
+from unimod_mini.train.metrics import Clock, Journal, figures, line, samples
 from unimod_mini.layer_switch import BY_ARANK, least_cost, show_table
 from unimod_mini.objectives import TASK_WEIGHTS
-from unimod_mini.routers import TASKS
-from unimod_mini.run import Run, share_out, to_device
-from unimod_mini.settings import flag, help_of, listing, nearest, overrides
-from unimod_mini.shards import Loader, Shards
-from unimod_mini.trainer import find_device, find_precision
+from unimod_mini.plan import TASKS
+from unimod_mini.train.trainer import Run, share_out, to_device
+from unimod_mini.console import flag
+from unimod_mini.train.flags import help_of, listing, nearest, overrides
+from unimod_mini.data.shards import Loader, Shards
+from unimod_mini.device import find_device, find_precision
 from unimod_mini.transformer import PRECISIONS
 
 # --------------------------------------------------------------------------------------------------------------

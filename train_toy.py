@@ -18,17 +18,19 @@ from random import Random
 
 import torch
 
-from unimod_mini import (METHODS, ModelConfig, Palette, Pictures, Plan, Tokenizer, UnifiedTransformer, World, WordText,
-                         arank_table, calibrate, count_flops, flops_ratio, generate_image, generate_text,
-                         load_image_folder, make_optimizers, plan_for_budget, predictor_report, save_checkpoint,
+from unimod_mini import (METHODS, ModelConfig, Palette, Pictures, Plan, Tokenizer,
+                         UnifiedTransformer, World, WordText, arank_table, calibrate, count_flops,
+                         flops_ratio, generate_image, generate_text, load_image_folder,
+                         make_optimizers, plan_for_budget, predictor_report, save_checkpoint,
                          train_step)
 from unimod_mini.console import command, progress_bar
 from unimod_mini.evaluate import blind_accuracy, evaluate
-from unimod_mini.files import write_json
+from unimod_mini.atomic_files import write_json
 from unimod_mini.layer_switch import show_table
 from unimod_mini.objectives import TASK_WEIGHTS, drop_prompts, mask_image_tokens
-from unimod_mini.show import save_png, terminal
-from unimod_mini.trainer import find_device, find_precision, learning_rate, seed_everything
+from unimod_mini.pictures import save_png, terminal
+from unimod_mini.device import find_device, find_precision, seed_everything
+from unimod_mini.optim import learning_rate
 from unimod_mini.transformer import PRECISIONS
 
 # --------------------------------------------------------------------------------------------------------------

@@ -28,9 +28,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.choices import MEASURES, begin, cli, measured, toy  # noqa: E402
 from benchmarks.growth import COLORS, GAP, HIGH, LEFT, TOP, WIDE, Panel, round_steps, svg  # noqa: E402
 from unimod_mini import Plan, arank_table, calibrate, layer_switch, plan_from_arank  # noqa: E402
-from unimod_mini.analysis import attention_received, competition, layer_importance  # noqa: E402
+from benchmarks.observations import attention_received, competition, layer_importance  # noqa: E402
 from unimod_mini.evaluate import ask_and_judge, draw_and_judge, share  # noqa: E402
-from unimod_mini.files import write_json, write_text  # noqa: E402
+from unimod_mini.atomic_files import write_json, write_text  # noqa: E402
 from unimod_mini.objectives import cross_entropy  # noqa: E402
 
 TASKS = ("t2i", "mmu")

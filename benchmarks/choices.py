@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import train_toy as toy  # noqa: E402
 from unimod_mini import (METHODS, Plan, arank_table, calibrate, flops_ratio, load_checkpoint,  # noqa: E402
                          plan_for_budget, plan_from_arank, predictor_report, save_checkpoint)
-from unimod_mini import trainer  # noqa: E402
-from unimod_mini.analysis import layer_importance  # noqa: E402
+from unimod_mini import objectives  # noqa: E402
+from benchmarks.observations import layer_importance  # noqa: E402
 from unimod_mini.evaluate import evaluate  # noqa: E402
 from unimod_mini.flops import bisect  # noqa: E402
 from unimod_mini.objectives import cross_entropy, training_rule  # noqa: E402
@@ -112,7 +112,7 @@ def main() -> None:
         if choice == "by place":
             without_routers(model)
         if args.field == "rule":
-            trainer.training_rules = lambda step, batches: {
+            objectives.training_rules = lambda step, batches: {
                 task: ranked_by(choice, step, batch, task) for task, batch in batches.items()}
         toy.train(model, fresh, more, 0.7, device, choice, setting["weights"])
         values = [1 - flops_ratio(dense.config, plan, lengths, "train"),

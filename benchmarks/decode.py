@@ -22,8 +22,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from unimod_mini import Cache, ModelConfig, Plan, UnifiedTransformer, calibrate  # noqa: E402
 from unimod_mini.tokenizer import Batch  # noqa: E402
-from unimod_mini.files import write_json  # noqa: E402
-from unimod_mini.trainer import find_device  # noqa: E402
+from unimod_mini.atomic_files import write_json  # noqa: E402
+from unimod_mini.device import find_device  # noqa: E402
 
 TASK, KEEP, STEPS, TURNS, DISTINCT = "mmu", 0.25, 16, 5, 4
 PROMPTS, BATCHES = (64, 256, 1024), (1, 8, 32)

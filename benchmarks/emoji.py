@@ -26,13 +26,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from unimod_mini import Tokenizer, generate_image, load_checkpoint  # noqa: E402
-from unimod_mini.chunks import Chunks  # noqa: E402
+from unimod_mini.data.work_folder import Chunks  # noqa: E402
 from unimod_mini.evaluate import ask_and_judge, by_category, share  # noqa: E402
-from unimod_mini.files import write_json  # noqa: E402
+from unimod_mini.atomic_files import write_json  # noqa: E402
 from unimod_mini.shapes import Question, commonest_answers  # noqa: E402
-from unimod_mini.shards import Shards, tokenizer_hash  # noqa: E402
-from unimod_mini.show import save_png  # noqa: E402
-from unimod_mini.trainer import find_device  # noqa: E402
+from unimod_mini.data.shards import Shards, tokenizer_hash  # noqa: E402
+from unimod_mini.pictures import save_png  # noqa: E402
+from unimod_mini.device import find_device  # noqa: E402
 
 CHUNK, SHOWN = 128, 8              # generated at once; columns of a sheet
 HEADS = ("concept", "style", "group")

@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import train_toy as toy  # noqa: E402
 from unimod_mini import Plan, Tokenizer, UnifiedTransformer, World, load_checkpoint  # noqa: E402
 from unimod_mini.evaluate import ask_and_judge, draw_and_judge, fresh_scenes  # noqa: E402
-from unimod_mini.files import write_json  # noqa: E402
-from unimod_mini.trainer import find_device  # noqa: E402
+from unimod_mini.atomic_files import write_json  # noqa: E402
+from unimod_mini.device import find_device  # noqa: E402
 
 OTHER = {"t2i": "mmu", "mmu": "t2i"}
 

@@ -2,7 +2,7 @@
 
     python benchmarks/step.py [--quick] [--backbone emu3] [--preset showo-1.3b] [--graphs] [--out step.json]
 
-A step is that of trainer.train_step: forward, backward, clip, update (torch's fused AdamW, the same for both), on one
+A step is that of objectives.train_step: forward, backward, clip, update (torch's fused AdamW, the same for both), on one
 batch of random ids. CUDA and CPUs that multiply bf16 run bf16 autocast over float32 weights, the others float32. The
 twins have the same weights; UniMoD adds its routers. A Show-o batch has a bidirectional image span, so its attention is
 masked.
@@ -29,12 +29,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.growth import counted_equal_at, draw, laws  # noqa: E402
 from benchmarks.text_models import TextModel  # noqa: E402
 from benchmarks.timing import Step, has_sync, race  # noqa: E402
-from unimod_mini import Batch, ModelConfig, Plan, UnifiedTransformer, count_flops, flops_ratio, graphs  # noqa: E402
-from unimod_mini.files import write_json, write_text  # noqa: E402
+from unimod_mini import Batch, ModelConfig, Plan, UnifiedTransformer, count_flops, flops_ratio
+from unimod_mini.train import cuda_graphs as graphs  # noqa: E402
+from unimod_mini.atomic_files import write_json, write_text  # noqa: E402
 from unimod_mini.flops import bisect, peak_flops  # noqa: E402
 from unimod_mini.memory import activation_bytes  # noqa: E402
-from unimod_mini.routers import capacity  # noqa: E402
-from unimod_mini.trainer import find_device, find_precision, seed_everything  # noqa: E402
+from unimod_mini.plan import capacity  # noqa: E402
+from unimod_mini.device import find_device, find_precision, seed_everything  # noqa: E402
 
 SAVINGS = (0.15, 0.40, 0.60)
 IMAGE = 1026 / 1408                # share of a Show-o sequence that is soi..eoi: 512 pixels, as it was trained

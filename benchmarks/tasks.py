@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import train_toy as toy  # noqa: E402
 from unimod_mini import calibrate, flops_ratio, layer_switch  # noqa: E402
 from unimod_mini.evaluate import CHUNK, ask_and_judge, by_category, draw_and_judge, share  # noqa: E402
-from unimod_mini.files import write_json  # noqa: E402
+from unimod_mini.atomic_files import write_json  # noqa: E402
 from unimod_mini.generate import left_pad  # noqa: E402
 from unimod_mini.shapes import MMU_CATEGORIES, commonest_answers, phrase  # noqa: E402
 

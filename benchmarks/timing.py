@@ -10,9 +10,11 @@ from functools import partial
 import numpy as np
 import torch
 
-from unimod_mini.graphs import Recorded
+from unimod_mini.train.cuda_graphs import Recorded
 from unimod_mini.objectives import training_rules
-from unimod_mini.trainer import find_precision, forward_backward, update
+from unimod_mini.device import find_precision
+from unimod_mini.objectives import forward_backward
+from unimod_mini.optim import update
 
 WARM, FEWEST, CHECK = 3, 12, 4     # steps before timing; pairs at least; pairs between two looks at the interval
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 
 from unimod_mini.config import ModelConfig
-from unimod_mini.routers import Plan
+from unimod_mini.plan import Plan
 from unimod_mini.transformer import UnifiedTransformer, rotary
 
 BACKBONES = ("showo", "emu3")

@@ -11,7 +11,7 @@ import torch
 
 import train_full as full
 from unimod_mini.objectives import Objective
-from unimod_mini.run import Run
+from unimod_mini.train.trainer import Run
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["train_full", "launch"])

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from helpers import BACKBONES, build, calls, keeps, plans, real, seeds, tiny
 from unimod_mini import cache as cache_module
 from unimod_mini.cache import Cache
-from unimod_mini.routers import Plan, TaskRouter, capacity
+from unimod_mini.plan import Plan, capacity
+from unimod_mini.routers import TaskRouter
 from unimod_mini.transformer import UnifiedTransformer
 
 near = dict(rtol=0, atol=1e-9)

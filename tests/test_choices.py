@@ -57,14 +57,14 @@ def test_the_methods_of_the_comparison():
 
 def test_who_ranks_in_training(run, monkeypatch):
     """Two steps of each choice: in turns, the router twice, the predictors twice; questions always by the router."""
-    seen, losses = {"t2i": [], "mmu": []}, choices.trainer.task_losses
-    monkeypatch.setattr(choices.trainer, "training_rules", choices.trainer.training_rules)   # restored afterwards
+    seen, losses = {"t2i": [], "mmu": []}, choices.objectives.task_losses
+    monkeypatch.setattr(choices.objectives, "training_rules", choices.objectives.training_rules)   # restored afterwards
 
     def record(model, batch, task, rule):
         seen[task].append(rule)
         return losses(model, batch, task, rule)
 
-    monkeypatch.setattr(choices.trainer, "task_losses", record)
+    monkeypatch.setattr(choices.objectives, "task_losses", record)
     lines = run("rule", "--steps", "4", "--scenes", "7")
     assert [line.split()[0] for line in lines[-3:]] == ["in", "router", "predictors"]
     assert seen["t2i"][4:] == ["topk", "predicted", "topk", "topk", "predicted", "predicted"]

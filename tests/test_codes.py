@@ -12,13 +12,14 @@ import train_full as full
 from helpers import build, tar_of, tiny
 from launch import changed
 from test_pretrained import theirs, write
-from unimod_mini import (ByteText, Codes, Plan, Tokenizer, UnifiedTransformer, generate_image, generate_text,
-                         layer_switch, load_checkpoint, prepare, save_checkpoint)
-from unimod_mini.distributed import Ranks
-from unimod_mini.generate import main as generate
-from unimod_mini.pretrained import config_to_hf
-from unimod_mini.shards import Shards
-from unimod_mini.sources import decode, read_source
+from unimod_mini import (ByteText, Codes, Plan, Tokenizer, UnifiedTransformer, generate_image,
+                         generate_text, layer_switch, load_checkpoint, save_checkpoint)
+from unimod_mini.data import prepare
+from unimod_mini.train.distributed import Ranks
+from unimod_mini.draw_and_ask import main as generate
+from unimod_mini.weights.pretrained import config_to_hf
+from unimod_mini.data.shards import Shards
+from unimod_mini.data.readers import decode, read_source
 
 SIDE, N_CODES = 3, 20
 OPTIONS = ["--image", "codes", "--codes", str(N_CODES), "--size", str(SIDE), "--workers", "1", "--text-length", "40"]

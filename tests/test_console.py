@@ -13,12 +13,13 @@ import torch
 
 import train_full as full
 import train_toy as toy
-from unimod_mini import flops, generate, prepare
+from unimod_mini import draw_and_ask, flops
+from unimod_mini.data import prepare
 from unimod_mini.console import command, progress_bar, shows
-from unimod_mini.show import terminal
+from unimod_mini.pictures import terminal
 
 ROOT = Path(toy.__file__).parent
-COMMANDS = (["train_toy.py"], ["train_full.py"], *(["-m", f"unimod_mini.{name}"] for name in ("generate", "prepare", "flops", "emoji")))
+COMMANDS = (["train_toy.py"], ["train_full.py"], *(["-m", f"unimod_mini.{name}"] for name in ("generate", "prepare", "flops", "data.emoji")))
 
 
 def python(*words, **options):
@@ -129,7 +130,7 @@ def test_lines_come_each_so_often(monkeypatch, capsys):
 
 
 PICTURE = """import torch
-from unimod_mini.show import terminal
+from unimod_mini.pictures import terminal
 from unimod_mini.console import command
 with command():
     print(terminal(torch.tensor([[[[0, 0, 0], [255, 0, 0]], [[0, 255, 0], [255, 255, 255]]]], dtype=torch.uint8)))"""
@@ -154,7 +155,7 @@ def test_without_a_terminal_pictures_are_letters(capsys):
 
 # ---------------------------------------------------------------- help
 
-@pytest.mark.parametrize("made", (generate.parser, prepare.parser, toy.parser, flops.parser), ids=lambda made: made.__module__)
+@pytest.mark.parametrize("made", (draw_and_ask.parser, prepare.parser, toy.parser, flops.parser), ids=lambda made: made.__module__)
 def test_every_flag_has_a_help_text(made):
     """argparse's own commands; what train_full.py says of a setting is the comment behind it."""
     assert all(action.help and len(action.help) > 5 for action in made()._actions)

@@ -8,18 +8,18 @@ from hypothesis import strategies as st
 
 import train_full as full
 from helpers import BACKBONES, build, calls, plans, real, tiny
-from test_analysis import sample
+from test_observations import sample
 from test_cache import cuts, feed
 from test_full import TINY, data, run, rows  # noqa: F401 (data is a fixture)
 from test_generate import make, pictures
-from unimod_mini import analysis
-from unimod_mini.distributed import Ranks
+from benchmarks import observations
+from unimod_mini.train.distributed import Ranks
 from unimod_mini.generate import generate_image, generate_text
-from unimod_mini.graphs import Recorded
+from unimod_mini.train.cuda_graphs import Recorded
 from unimod_mini.layer_switch import arank
 from unimod_mini.objectives import Objective
-from unimod_mini.routers import Plan
-from unimod_mini.run import share_out
+from unimod_mini.plan import Plan
+from unimod_mini.train.trainer import share_out
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -154,9 +154,9 @@ def test_a_dense_model_is_looked_at_there(backbone):
     """ARank, attention received and the competition of tasks run on the device, the first two with the CPU's numbers."""
     model = build(tiny(backbone))
     batch = sample(model.config, 3, 12, 0, "left", backbone == "showo")
-    here = analysis.attention_received(model, batch, "mmu"), arank(model, batch, "mmu")
+    here = observations.attention_received(model, batch, "mmu"), arank(model, batch, "mmu")
     model, batch = model.to(DEVICE), batch.to(DEVICE)
-    torch.testing.assert_close(analysis.attention_received(model, batch, "mmu"), here[0], check_device=False)
+    torch.testing.assert_close(observations.attention_received(model, batch, "mmu"), here[0], check_device=False)
     torch.testing.assert_close(arank(model, batch, "mmu"), here[1], check_device=False)
-    won = analysis.competition(model, lambda: {"t2i": batch, "mmu": batch}, 2, {"t2i": 1.0, "mmu": 1.0}, counted=2)
+    won = observations.competition(model, lambda: {"t2i": batch, "mmu": batch}, 2, {"t2i": 1.0, "mmu": 1.0}, counted=2)
     assert won["t2i"][1] + won["mmu"][1] == pytest.approx(1)

@@ -1,4 +1,4 @@
-"""unimod_mini.emoji: captions, questions, layout and splits of the emoji world, on a tiny stand-in for the packages;
+"""unimod_mini.data.emoji: captions, questions, layout and splits of the emoji world, on a tiny stand-in for the packages;
 the folder that train_toy.py reads."""
 import io
 import json
@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from helpers import tar_of
-from unimod_mini import emoji
-from unimod_mini.data import load_image_folder, read_metadata
-from unimod_mini.emoji import NUMBERS, STYLES, TONES, Emoji, check_size, plain
+from unimod_mini.data import emoji
+from unimod_mini.data.image_folder import load_image_folder, read_metadata
+from unimod_mini.data.emoji import NUMBERS, STYLES, TONES, Emoji, check_size, plain
 
 Image = pytest.importorskip("PIL.Image")
 CATEGORIES = ("Animals & Nature", "Food & Drink", "Objects", "Symbols", "Flags")
@@ -326,7 +326,7 @@ def test_same_call_twice_fetches_once(tmp_path, packs):
 def test_call_cut_short_is_done_again(tmp_path, packs, monkeypatch):
     """A call that dies before its last step leaves no metadata, and the next call completes it."""
     with monkeypatch.context() as patch:
-        patch.setattr("unimod_mini.files.os.replace", lambda *_: 1 / 0)
+        patch.setattr("unimod_mini.atomic_files.os.replace", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             emoji.fetch_folder(tmp_path / "emoji", count=2)
     assert set(contents(tmp_path / "emoji")) >= {"google/ox.png"}

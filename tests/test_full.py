@@ -22,15 +22,16 @@ from hypothesis import strategies as st
 import train_full as full
 from helpers import build, plans, tiny
 from launch import changed, finish, start
-from unimod_mini import (ByteText, Palette, Plan, Tokenizer, UnifiedTransformer, WordText, checkpoints, count_flops, flops_ratio,
-                         generate_image, journal, load_checkpoint, save_checkpoint)
+from unimod_mini import (ByteText, Palette, Plan, Tokenizer, UnifiedTransformer, WordText,
+                         count_flops, flops_ratio, generate_image, load_checkpoint, save_checkpoint)
+from unimod_mini.train import checkpoints, metrics as journal
 from unimod_mini.console import command
-from unimod_mini.distributed import Ranks, freeze_unused
-from unimod_mini.journal import Journal, cut_back
+from unimod_mini.train.distributed import Ranks, freeze_unused
+from unimod_mini.train.metrics import Journal, cut_back
 from unimod_mini.objectives import IGNORE, TASK_WEIGHTS, Objective, task_losses
-from unimod_mini.run import Run, share_out
-from unimod_mini.settings import overrides
-from unimod_mini.shards import write_shards
+from unimod_mini.train.trainer import Run, share_out
+from unimod_mini.train.flags import overrides
+from unimod_mini.data.shards import write_shards
 from unimod_mini.tokenizer import Batch
 
 TINY = ["--preset", "tiny", "--t2i", "4", "--mmu", "4", "--log-every", "1", "--eval-samples", "8",

@@ -11,7 +11,7 @@ from torch import nn
 from unimod_mini import generate
 from unimod_mini.config import ModelConfig
 from unimod_mini.generate import Decoder, generate_image, generate_text, guided, left_pad, sample
-from unimod_mini.routers import Plan
+from unimod_mini.plan import Plan
 from unimod_mini.tokenizer import Palette, Tokenizer, WordText
 from unimod_mini.transformer import Output, UnifiedTransformer
 

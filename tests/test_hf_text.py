@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from helpers import tiny
-from unimod_mini import ByteText, Codes, HFText, ModelConfig, Palette, Plan, Tokenizer, UnifiedTransformer, generate_text, prepare
-from unimod_mini.shards import Shards, text_ids, tokenizer_hash
-from unimod_mini.show import kept_tokens
+from unimod_mini import (ByteText, Codes, HFText, ModelConfig, Palette, Plan, Tokenizer,
+                         UnifiedTransformer, generate_text)
+from unimod_mini.data import prepare
+from unimod_mini.data.shards import Shards, text_ids, tokenizer_hash
+from unimod_mini.draw_and_ask import kept_tokens
 from unimod_mini.tokenizer import IGNORE
 
 END = "<|endoftext|>"

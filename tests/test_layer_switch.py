@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from unimod_mini.config import ModelConfig
 from unimod_mini.flops import count_flops, flops_ratio
-from unimod_mini.routers import Plan
+from unimod_mini.plan import Plan
 from unimod_mini.tokenizer import Batch, Palette, Tokenizer, WordText
 from unimod_mini.transformer import UnifiedTransformer
 

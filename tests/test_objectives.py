@@ -8,9 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers import build, seeds, tiny
-from unimod_mini import trainer
-from unimod_mini.objectives import Losses, cross_entropy, drop_prompts, mask_image_tokens, task_losses, training_rule
-from unimod_mini.routers import Plan, predictor_loss
+from unimod_mini import objectives
+from unimod_mini.objectives import (Losses, cross_entropy, drop_prompts, mask_image_tokens,
+                                    task_losses, training_rule)
+from unimod_mini.plan import Plan
+from unimod_mini.routers import predictor_loss
 from unimod_mini.tokenizer import IGNORE, Palette, Tokenizer, WordText
 
 GRID = (3, 4)
@@ -177,10 +179,10 @@ def test_a_step_weighs_the_tasks(monkeypatch, weights, total):
     """t2i and mmu count 1 and lm 0.1 (Show-o), or what is given; the predictors' loss is not weighted by task."""
     model, ones = torch.nn.Linear(1, 1), dict.fromkeys(("t2i", "mmu", "lm"))
     sizes = {"t2i": 3.0, "mmu": 5.0, "lm": 70.0}
-    monkeypatch.setattr(trainer, "task_losses", lambda model, _, task, rule: Losses(sizes[task] * model.bias[0], model.weight[0, 0]))
+    monkeypatch.setattr(objectives, "task_losses", lambda model, _, task, rule: Losses(sizes[task] * model.bias[0], model.weight[0, 0]))
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: None)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     before = [p.item() for p in model.parameters()]
-    trainer.train_step(model, [optimizer], ones, 0, 0.5, *weights)
+    objectives.train_step(model, [optimizer], ones, 0, 0.5, *weights)
     moved = [a - p.item() for a, p in zip(before, model.parameters())]
     assert moved == pytest.approx([0.5 * 3, 0.5 * total], rel=1e-5)

@@ -9,11 +9,12 @@ import train_toy as toy
 from helpers import build, call, tiny
 from launch import finish, start
 from test_full import STOP, TINY, data, rows, run, same_weights  # noqa: F401
-from unimod_mini import (Cache, Plan, Tokenizer, UnifiedTransformer, calibrate, generate, generate_image,
-                         load_checkpoint, make_optimizers, predictor_report, save_checkpoint, train_step)
+from unimod_mini import (Cache, Plan, Tokenizer, UnifiedTransformer, calibrate, draw_and_ask,
+                         generate_image, load_checkpoint, make_optimizers, predictor_report,
+                         save_checkpoint, train_step)
 from unimod_mini.generate import generate_codes
 from unimod_mini.layer_switch import arank
-from unimod_mini.trainer import find_precision
+from unimod_mini.device import find_precision
 
 both = pytest.mark.parametrize("backbone", ("showo", "emu3"))
 PLAN = Plan({"t2i": (1, .5, .3), "mmu": (.4, 1, .6)})
@@ -171,8 +172,8 @@ def test_python_draws_what_the_command_line_draws(tmp_path, monkeypatch, backbon
     drawing = {"temperature": 1.0, "guidance": 1.0, "steps": 4}
     save_checkpoint(tmp_path / "a.pt", model, tokenizer=tokenizer.state(), drawing=drawing)
     drawn = []
-    monkeypatch.setattr(generate, "generate_codes", lambda *given, **options: drawn.append(generate_codes(*given, **options)) or drawn[-1])
-    generate.main(["--checkpoint", str(tmp_path / "a.pt"), "--precision", precision, "--prompt", "a green ring",
+    monkeypatch.setattr(draw_and_ask, "generate_codes", lambda *given, **options: drawn.append(generate_codes(*given, **options)) or drawn[-1])
+    draw_and_ask.main(["--checkpoint", str(tmp_path / "a.pt"), "--precision", precision, "--prompt", "a green ring",
                    "--out", str(tmp_path / "a.png"), "--device", "cpu"])
     loaded, stored = load_checkpoint(tmp_path / "a.pt", precision=precision)
     image = generate_image(loaded, Tokenizer.from_state(stored["tokenizer"]), "a green ring", **stored["drawing"])

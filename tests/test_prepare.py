@@ -1,4 +1,4 @@
-"""python -m unimod_mini.prepare, chunks.py and sources.py: from files that people bring to shards, offline."""
+"""python -m unimod_mini.prepare, work_folder.py and readers.py: from files that people bring to shards, offline."""
 import io
 import json
 import os
@@ -18,14 +18,15 @@ from hypothesis import strategies as st
 from helpers import tar_of
 from test_emoji import write_archives
 from benchmarks import emoji as judged
-from unimod_mini import (VQ, ByteText, ModelConfig, Palette, Tokenizer, UnifiedTransformer, WordText, chunks, prepare,
-                         emoji, save_checkpoint, vq)
-from unimod_mini.codec import cut_patches
-from unimod_mini.data import read_image
-from unimod_mini.emoji import CREDITS
-from unimod_mini.prepare import main, parser
-from unimod_mini.shards import Shards
-from unimod_mini.sources import DESCRIBE, Skipped, fingerprint, read_source, share
+from unimod_mini import (VQ, ByteText, ModelConfig, Palette, Tokenizer, UnifiedTransformer,
+                         WordText, save_checkpoint, vq)
+from unimod_mini.data import work_folder as chunks, prepare, emoji
+from unimod_mini.image_codecs import cut_patches
+from unimod_mini.pictures import read_image
+from unimod_mini.data.emoji import CREDITS
+from unimod_mini.data.prepare import main, parser
+from unimod_mini.data.shards import Shards
+from unimod_mini.data.readers import DESCRIBE, Skipped, fingerprint, read_source, share
 
 Image = pytest.importorskip("PIL.Image")
 TINY = "--size 8 --image palette --codes 16 --workers 1".split()

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from helpers import BACKBONES, N_LAYER, build, plans, seeds, tiny
 from unimod_mini import layer_switch
 from unimod_mini.config import PRESETS, ModelConfig
-from unimod_mini.pretrained import config_from_hf, config_to_hf, load_pretrained, save_pretrained, their_names
-from unimod_mini.routers import Plan
+from unimod_mini.weights.pretrained import (config_from_hf, config_to_hf, load_pretrained,
+                                            save_pretrained, their_names)
+from unimod_mini.plan import Plan
 from unimod_mini.tokenizer import Batch
 from unimod_mini.transformer import UnifiedTransformer
 

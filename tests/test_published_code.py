@@ -24,8 +24,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from helpers import build, tiny
-from unimod_mini import Codes, HFText, Tokenizer, UnifiedTransformer, generate, generate_image, generate_text
-from unimod_mini.pretrained import their_names
+from unimod_mini import (Codes, HFText, Tokenizer, UnifiedTransformer, generate, generate_image,
+                         generate_text)
+from unimod_mini.weights.pretrained import their_names
 
 PUBLISHED = Path(os.environ.get("PUBLISHED", ""))
 pytestmark = pytest.mark.skipif("PUBLISHED" not in os.environ, reason="needs clones of Show-o, Emu3 and Emu3.5")

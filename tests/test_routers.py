@@ -1,4 +1,4 @@
-"""routers.py: plans, selection, gates, predictor, gather and add."""
+"""plan.py and routers.py: plans, selection, gates, predictor, gather and add."""
 import json
 import math
 from types import SimpleNamespace
@@ -9,8 +9,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from helpers import build, call, count, golden_order, keeps, naive_topk, plans, seeds, tiny
-from unimod_mini.routers import (GATES, TASKS, Plan, TaskRouter, add_tokens, capacity, descending_rank, flat, gather_tokens,
-                                 predictor_loss, row_capacity, select_topk, slots, span_number, tie_order)
+from unimod_mini.plan import TASKS, Plan, capacity
+from unimod_mini.routers import (GATES, TaskRouter, add_tokens, descending_rank, flat,
+                                 gather_tokens, predictor_loss, row_capacity, select_topk, slots,
+                                 span_number, tie_order)
 
 
 def random_valid(batch, length, seed, empty=True):

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unimod_mini import shapes
-from unimod_mini.shapes import (BACKGROUND, COLORS, DIALOGUES, MMU_CATEGORIES, NUMBERS, SHADES, SHAPES,
-                                T2I_CATEGORIES, Prompt, Thing, World, blind_answers)
+from unimod_mini.shapes import (BACKGROUND, COLORS, DIALOGUES, MMU_CATEGORIES, NUMBERS, SHADES,
+                                SHAPES, T2I_CATEGORIES, Prompt, Thing, World, blind_answers)
 
 seeds = st.integers(0, 10**6)
 SINGULAR = {"rings": "ring", "discs": "disc", "crosses": "cross", "diamonds": "diamond", "squares": "square",

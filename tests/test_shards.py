@@ -1,4 +1,4 @@
-"""unimod_mini.shards: the format on disk, and a loader whose samples depend on the seed and the step alone."""
+"""unimod_mini.data.shards: the format on disk, and a loader whose samples depend on the seed and the step alone."""
 import json
 import shutil
 import subprocess
@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unimod_mini import VQ, ByteText, Palette, Tokenizer, WordText
-from unimod_mini.codec import Codes
-from unimod_mini.shards import HEADER, Loader, Sample, Shards, layout, shuffled, tokenizer_hash, write_shards
+from unimod_mini.image_codecs import Codes
+from unimod_mini.data.shards import (HEADER, Loader, Sample, Shards, layout, shuffled,
+                                     tokenizer_hash, write_shards)
 
 WORDS = "a b c d 2*3 USER: ASSISTANT:".split()
 seeds = st.integers(0, 2**32)
@@ -249,7 +250,7 @@ def test_the_hash_is_canonical(tmp_path):
         state = torch.load(tmp_path / "t.pt", weights_only=True)
         assert tokenizer_hash(Tokenizer.from_state(state)) == tokenizer_hash(one)
         assert tokenizer_hash(Tokenizer.from_state(dict(reversed(state.items())))) == tokenizer_hash(one)
-    code = ("import sys, torch; from unimod_mini.shards import read_tokenizer, tokenizer_hash; "
+    code = ("import sys, torch; from unimod_mini.data.shards import read_tokenizer, tokenizer_hash; "
             "print(tokenizer_hash(read_tokenizer(sys.argv[1])))")
     out = subprocess.run([sys.executable, "-c", code, tmp_path / "t.pt"], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == tokenizer_hash(one)

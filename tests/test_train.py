@@ -9,15 +9,19 @@ import torch
 
 import train_toy as toy
 from helpers import build
-from unimod_mini import (METHODS, ModelConfig, Palette, Pictures, Plan, UnifiedTransformer, WordText, World, arank_table,
-                         calibrate, count_flops, flops_ratio, generate_image, generate_text, load_checkpoint,
-                         make_optimizers, plan_for_budget, predictor_report, save_checkpoint, train_step, trainer)
+from unimod_mini import (METHODS, ModelConfig, Palette, Pictures, Plan, UnifiedTransformer,
+                         WordText, World, arank_table, calibrate, count_flops, flops_ratio,
+                         generate_image, generate_text, load_checkpoint, make_optimizers,
+                         plan_for_budget, predictor_report, save_checkpoint, train_step,
+                         predictor)
 from unimod_mini import evaluate as evaluation
 from unimod_mini.console import command
 from unimod_mini.evaluate import ask_and_judge, blind_accuracy, by_category, draw_and_judge, share
-from unimod_mini.show import kept_tokens, save_png, terminal
+from unimod_mini.draw_and_ask import kept_tokens
+from unimod_mini.pictures import save_png, terminal
 from unimod_mini.objectives import IGNORE
-from unimod_mini.trainer import learning_rate, predicted_tokens
+from unimod_mini.optim import learning_rate
+from unimod_mini.predictor import predicted_tokens
 
 BACKBONES = ("showo", "emu3")
 
@@ -131,7 +135,7 @@ def test_thresholds_are_the_same_however_many_rows_go_at_once(monkeypatch):
     model, batches = build(config, Plan({"t2i": (0.5, 0.3), "mmu": (0.7, 1)})), sampler(8, 8)      # float64
     calibrate(model, batches)
     whole, rows = [threshold.clone() for threshold in model.buffers()], []
-    monkeypatch.setattr(trainer, "LOGITS", 1)
+    monkeypatch.setattr(predictor, "LOGITS", 1)
     model.register_forward_pre_hook(lambda _, given, named: rows.append(len(named["ids"])), with_kwargs=True)
     calibrate(model, batches)
     assert set(rows) == {1} and all(map(torch.allclose, model.buffers(), whole)) and any(t != 0 for t in whole)

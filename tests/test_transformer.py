@@ -14,7 +14,8 @@ from helpers import (BACKBONES, N_LAYER, build, call, calls, count, naive_forwar
 from unimod_mini import transformer
 from unimod_mini.cache import Cache
 from unimod_mini.config import ModelConfig
-from unimod_mini.routers import GATES, TASKS, Plan
+from unimod_mini.plan import TASKS, Plan
+from unimod_mini.routers import GATES
 from unimod_mini.transformer import UnifiedTransformer, attention_mask, evaluating, rotary
 
 backbones, tasks = st.sampled_from(BACKBONES), st.sampled_from(("t2i", "mmu"))

@@ -3,20 +3,24 @@
 import warnings
 
 from .cache import Cache
-from .codec import ByteText, Codes, HFText, Palette, WordText
+from .checkpoint import load_checkpoint, save_checkpoint
 from .config import ModelConfig
-from .data import Pictures, load_image_folder
+from .data.image_folder import Pictures, load_image_folder
+from .device import seed_everything
 from .flops import count_flops, flops_ratio
 from .generate import generate_image, generate_text
+from .image_codecs import Codes, Palette
 from .layer_switch import METHODS, arank_table, layer_switch, plan_for_budget, plan_from_arank
-from .pretrained import load_pretrained, save_pretrained
-from .routers import Plan
+from .objectives import train_step
+from .optim import make_optimizers
+from .plan import Plan
+from .predictor import calibrate, predictor_report
 from .shapes import World
+from .text_codecs import ByteText, HFText, WordText
 from .tokenizer import Batch, Tokenizer
-from .trainer import (calibrate, load_checkpoint, make_optimizers, predictor_report, save_checkpoint, seed_everything,
-                      train_step)
 from .transformer import UnifiedTransformer
 from .vq import VQ, fit_vq
+from .weights.pretrained import load_pretrained, save_pretrained
 
 # `python -m unimod_mini.generate` runs a module that the lines above have imported; it defines functions alone
 warnings.filterwarnings("ignore", "'unimod_mini", RuntimeWarning, "runpy")

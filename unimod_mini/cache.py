@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .routers import capacity
+from .plan import capacity
 from .transformer import Context, UnifiedTransformer, attend, unwrapped
 
 # not cuDNN's attention: it plans anew for every shape, and behind a cache no two steps have the same

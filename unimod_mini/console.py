@@ -60,3 +60,8 @@ class Lines(tqdm):
 def progress_bar(*args, **options) -> tqdm:
     """A tqdm bar on stderr, as `Lines` where that is no terminal."""
     return (tqdm if sys.stderr.isatty() else Lines)(*args, **options)
+
+
+def flag(name: str) -> str:
+    """A field as the command line writes it."""
+    return "--" + name.replace("_", "-")

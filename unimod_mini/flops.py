@@ -14,14 +14,13 @@ Legend: T tokens, K slots, D width, d head width, H heads, G key/value heads, F 
 """
 
 import argparse
-import sys
 from collections import Counter
 from typing import NamedTuple
 
 from .config import PRESETS, ModelConfig
 from .console import command
 from .memory import activation_bytes, cache_bytes, count_parameters, keep_ratios
-from .routers import BASELINES, TASKS, Plan, capacity
+from .plan import BASELINES, TASKS, Plan, capacity
 
 PARTS = ("embedding", "projections", "scores", "mlp", "router", "predictor", "head")   # embedding: a look-up, 0 FLOPs
 
@@ -151,8 +150,7 @@ def bisect(cost, target: float, low: float, high: float) -> float:
 
 
 def parser() -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser("python -m unimod_mini.flops", description="What a plan costs, by layer and part; "
-                                  "without arguments: the paper's two models, counted by each convention.")
+    out = argparse.ArgumentParser("python -m unimod_mini.flops", description="What a plan costs, by layer and part.")
     out.add_argument("--preset", required=True, help=", ".join(PRESETS))
     out.add_argument("--plan", default="dense", help=f"a file that Plan.save wrote, or {', '.join(BASELINES)}")
     out.add_argument("--length", type=int, required=True, help="tokens of the sequence")
@@ -193,12 +191,10 @@ def report(args) -> str:
 
 
 def main(argv=None) -> None:
-    """Prints the report, or without arguments the comparison; what cannot be counted ends in one line."""
-    from .published import comparisons
-    argv = sys.argv[1:] if argv is None else argv
+    """Prints the report; what cannot be counted ends in one line."""
     with command():
         try:
-            print(report(parser().parse_args(argv)) if argv else comparisons())
+            print(report(parser().parse_args(argv)))
         except FileNotFoundError as error:
             raise ValueError(f"{error.filename}: {error.strerror}; --plan takes a file or one of "
                              + ", ".join(BASELINES)) from None

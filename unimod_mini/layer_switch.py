@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .config import ModelConfig
 from .flops import bisect, flops_ratio
-from .routers import BASELINES, Plan
+from .plan import BASELINES, Plan
 from .tokenizer import Batch
 from .transformer import UnifiedTransformer, inference
 

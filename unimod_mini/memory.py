@@ -17,7 +17,7 @@ Legend: T tokens, K slots, D width, d head width, H heads, G key/value heads, F,
 from typing import NamedTuple
 
 from .config import ModelConfig
-from .routers import Plan, capacity
+from .plan import Plan, capacity
 
 FLOAT, INDEX = 4, 8        # bytes of a float32 and of an index
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .optim import update
 from .routers import MEMBERSHIP_WEIGHT, predictor_loss
 from .tokenizer import IGNORE, Batch, Tokenizer
 
@@ -81,6 +82,24 @@ def task_losses(model, batch: Batch, task: str, rule: str = "topk") -> Losses:
     weight = MEMBERSHIP_WEIGHT[model.config.membership]
     membership = weight * predictor_loss(routed, batch.valid) if routed else out.logits.new_zeros(())
     return Losses(cross_entropy(out.logits, batch.labels), membership)
+
+
+def forward_backward(model, batches: dict, rules: dict, weights: dict = TASK_WEIGHTS) -> dict:
+    """The gradient of the weighted losses of {task: Batch}, routed by {task: rule}. Returns {task: loss} as tensors."""
+    losses = {task: task_losses(model, batch, task, rules[task]) for task, batch in batches.items()}
+    total = sum(weights[task] * loss.task + loss.predictor for task, loss in losses.items())
+    total.backward()
+    return {task: loss.task.detach() for task, loss in losses.items()}
+
+
+def train_step(model, optimizers, batches: dict, step: int, factor: float, weights: dict = TASK_WEIGHTS) -> dict:
+    """One step on one batch of every task: forward, backward, clip, update. Returns {task: loss} as tensors.
+
+    step: its number, for objectives.training_rule; factor: of the peak rates; weights: {task: its loss's}.
+    """
+    losses = forward_backward(model, batches, training_rules(step, batches), weights)
+    update(model, optimizers, factor)
+    return losses
 
 
 # --------------------------------------------------------------------------------------------------------------

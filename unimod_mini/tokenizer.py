@@ -3,7 +3,7 @@
     showo: | text .. sot eot | [PAD] soi eoi sov eov t2i mmu t2v v2v lvg | image codes | mask |
     emu3:  | text .. | [PAD] BOS EOS boi img EOL EOF eoi | image codes |
 
-A `Tokenizer` is a text codec, an image codec (codec.py, vq.py) and a backbone, whose published layouts it follows
+A `Tokenizer` is a text codec, an image codec (text_codecs.py, image_codecs.py, vq.py) and a backbone, whose published layouts it follows
 (Show-o, arXiv 2408.12528; Emu3, arXiv 2409.18869). Departure from the usual: `labels[i]` is what the logits at i must
 predict, already shifted where the objective is next-token and unshifted where it is masked diffusion, so that one
 cross-entropy serves both.
@@ -17,8 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .codec import ByteText, Codes, HFText, Palette, WordText, check_codes, cut
-from .routers import TASKS
+from .image_codecs import Codes, Palette, check_codes
+from .plan import TASKS
+from .text_codecs import ByteText, HFText, WordText, cut
 from .vq import VQ
 
 IGNORE = -100

@@ -4,7 +4,7 @@
          rotary on part of each head, LayerNorm on queries and keys, image spans that see themselves in both directions.
 "emu3":  Llama-style (Emu3, arXiv 2409.18869): RMSNorm, SwiGLU, grouped key/value heads, no biases, causal everywhere.
 
-A `Plan` (routers.py) decides for each task and layer which tokens the block processes. Read `UnifiedTransformer.layer`:
+A `Plan` (plan.py) decides for each task and layer which tokens the block processes. Read `UnifiedTransformer.layer`:
 it is the whole method. Departure from the usual: a block returns its *update* u = attn + mlp without the residual, so
 that dense and routed layers are the same line, x + g u, with g = 1 in a dense one.
 
@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import ModelConfig
-from .routers import GATES, TASKS, Plan, TaskRouter, add_tokens, flat, gather_tokens, tie_order
+from .plan import TASKS, Plan
+from .routers import GATES, TaskRouter, add_tokens, flat, gather_tokens, tie_order
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -284,7 +285,7 @@ class UnifiedTransformer(nn.Module):
 
         positions default to counting the valid tokens; spans None: causal everywhere; routing "topk" (training,
         looks at the whole sequence), "predicted" (the same, ranked by the predictors: objectives.training_rule) or
-        "causal" (inference, looks at no later token; thresholds by trainer.calibrate).
+        "causal" (inference, looks at no later token; thresholds by predictor.calibrate).
         A span id belongs to one run of tokens. cache: see cache.py. coming: routers.select_topk.
         Raises ValueError for an unknown task or routing rule, shapes that do not fit, and ids out of range (CPU).
         """

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.special import entr
 
+from .atomic_files import save_data
 from .console import progress_bar
-from .files import save_data
 
 COMMITMENT, ENTROPY, PEAK_RATE = 0.25, 0.1, 6e-3  # two loss weights (L1 has 1), learning rate
 FADE, DEAD = 0.1, 0.03  # rate of the running share of a code; below DEAD / C the code restarts

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from .files import json_text, whole_file, write_text
-from .flops import batch_flops, peak_flops
-from .generate import generate_image, generate_text
-from .show import save_png, write_codes
+from ..atomic_files import json_text, whole_file, write_text
+from ..flops import batch_flops, peak_flops
+from ..generate import generate_image, generate_text
+from ..pictures import save_png, write_codes
 
 
 class Journal:

@@ -1,4 +1,4 @@
-"""unimod_mini.data: captioned picture folders."""
+"""unimod_mini.data.image_folder: captioned picture folders."""
 import io
 import json
 import struct
@@ -11,7 +11,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from unimod_mini import Palette, World, data
+from unimod_mini import Palette, World
+from unimod_mini.data.image_folder import Pictures, load_image_folder, read_metadata
+from unimod_mini.pictures import FORMATS, read_image
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
@@ -48,13 +50,13 @@ def test_shapes_order_and_limit(tmp_path, Image):
     rows = [solid(Image, tmp_path / f"{name}.png", (shade, 0, 0))
             for name, shade in [("c", 30), ("a", 10), ("b", 20)]]
     write_folder(tmp_path, rows)
-    images, captions = data.load_image_folder(tmp_path, size=5)
+    images, captions = load_image_folder(tmp_path, size=5)
     assert images.shape == (3, 5, 5, 3) and images.dtype == torch.uint8
     assert captions == ["picture c", "picture a", "picture b"]
     assert images[:, 0, 0, 0].tolist() == [30, 10, 20]
-    few, few_captions = data.load_image_folder(str(tmp_path), size=5, limit=2)
+    few, few_captions = load_image_folder(str(tmp_path), size=5, limit=2)
     assert torch.equal(few, images[:2]) and few_captions == captions[:2]
-    assert data.load_image_folder(tmp_path, limit=99)[0].shape == (3, 32, 32, 3)
+    assert load_image_folder(tmp_path, limit=99)[0].shape == (3, 32, 32, 3)
 
 
 def test_near_duplicates_are_told_apart():
@@ -64,17 +66,17 @@ def test_near_duplicates_are_told_apart():
     images = one.repeat(60, 1, 1, 1)
     for i in range(60):
         images[i, 0, 0, 0] = 100 + i
-    pictures = data.Pictures(images, [f"picture {i}" for i in range(60)], n_codes=400)
+    pictures = Pictures(images, [f"picture {i}" for i in range(60)], n_codes=400)
     assert len({tuple(codes.flatten().tolist()) for codes in pictures.codes}) == 60
     assert pictures.read(pictures.codes) == [[caption] for caption in pictures.captions]
     with pytest.raises(ValueError, match="one caption a picture, got 60 pictures and 2 captions"):
-        data.Pictures(images, ["a", "b"])
+        Pictures(images, ["a", "b"])
 
 
 def test_limit_does_not_look_at_later_lines(tmp_path, Image):
     """A line after the limit may be broken; nothing of it is read."""
     write_folder(tmp_path, [solid(Image, tmp_path / "a.png", RED), b"broken"])
-    assert len(data.load_image_folder(tmp_path, limit=1)[1]) == 1
+    assert len(load_image_folder(tmp_path, limit=1)[1]) == 1
 
 
 def test_subfolders_blank_lines_and_other_keys(tmp_path, Image):
@@ -83,7 +85,7 @@ def test_subfolders_blank_lines_and_other_keys(tmp_path, Image):
     solid(Image, tmp_path / "deep" / "a.png", BLUE)
     line = json.dumps({"id": 7, "file_name": "deep/a.png", "text": "blue"}).encode()
     write_folder(tmp_path, [b"\xef\xbb\xbf" + line + b"\r", b"", b"  ", line])
-    images, captions = data.load_image_folder(tmp_path, size=2)
+    images, captions = load_image_folder(tmp_path, size=2)
     assert captions == ["blue", "blue"] and pixel(images[1], 0, 0) == BLUE
 
 
@@ -92,7 +94,7 @@ def test_progress_bar_only_for_many_pictures(tmp_path, Image, capsys):
     row = solid(Image, tmp_path / "a.png", RED, (1, 1))
     for count, shown in [(300, False), (301, True)]:
         write_folder(tmp_path, [row] * count)
-        data.load_image_folder(tmp_path, size=1)
+        load_image_folder(tmp_path, size=1)
         assert ("pictures" in capsys.readouterr().err) == shown
 
 
@@ -104,14 +106,14 @@ def test_transparent_pixels_become_white(tmp_path, Image, mode):
     picture = Image.new("RGBA", (2, 1), (255, 0, 0, 0))
     picture.putpixel((1, 0), (0, 0, 0, 255))
     picture.convert(mode).save(tmp_path / "a.png")
-    image = data.read_image(tmp_path / "a.png", 2)
+    image = read_image(tmp_path / "a.png", 2)
     assert pixel(image, 0, 0) == WHITE and pixel(image, 0, 1) == (0, 0, 0)
 
 
 def test_half_transparent_blends_with_white(tmp_path, Image):
     """Alpha 128 over white is the mean of the two: black becomes 127."""
     Image.new("RGBA", (4, 4), (0, 0, 0, 128)).save(tmp_path / "a.png")
-    assert pixel(data.read_image(tmp_path / "a.png", 4), 2, 2) == (127, 127, 127)
+    assert pixel(read_image(tmp_path / "a.png", 4), 2, 2) == (127, 127, 127)
 
 
 def test_palette_transparency_becomes_white(tmp_path, Image):
@@ -120,7 +122,7 @@ def test_palette_transparency_becomes_white(tmp_path, Image):
     picture.putpalette([255, 0, 0, 0, 0, 255])
     picture.putpixel((1, 1), 1)
     picture.save(tmp_path / "a.png", transparency=0)
-    image = data.read_image(tmp_path / "a.png", 2)
+    image = read_image(tmp_path / "a.png", 2)
     assert pixel(image, 0, 0) == WHITE and pixel(image, 1, 1) == BLUE
 
 
@@ -131,7 +133,7 @@ def test_opaque_modes(tmp_path, Image, monkeypatch, mode, fill, suffix, expected
     """Grey, palette, CMYK and black-and-white pictures become the same colours in RGB."""
     Image.new(mode, (4, 4), fill).save(tmp_path / f"a.{suffix}")
     monkeypatch.setattr(Image, "alpha_composite", None)    # a copy that only transparent pictures need
-    image = data.read_image(tmp_path / f"a.{suffix}", 4)
+    image = read_image(tmp_path / f"a.{suffix}", 4)
     assert image.shape == (4, 4, 3) and pixel(image, 3, 3) == expected
 
 
@@ -139,13 +141,13 @@ def test_sixteen_bits_are_refused(tmp_path, Image):
     """A 16-bit picture is an error that names it, not a silently white square."""
     Image.new("I;16", (4, 4), 3000).save(tmp_path / "deep.png")
     with pytest.raises(ValueError, match="deep.png.*8 bits"):
-        data.read_image(tmp_path / "deep.png", 4)
+        read_image(tmp_path / "deep.png", 4)
 
 
 def test_wide_picture_is_centred_on_white(tmp_path, Image):
     """64x32 at size 32 is 32x16: 8 white rows, 16 red ones, 8 white ones."""
     solid(Image, tmp_path / "a.png", RED, (64, 32))
-    image = data.read_image(tmp_path / "a.png", 32)
+    image = read_image(tmp_path / "a.png", 32)
     white, red = torch.tensor(WHITE, dtype=torch.uint8), torch.tensor(RED, dtype=torch.uint8)
     assert (image[:8] == white).all() and (image[24:] == white).all()
     assert (image[8:24] == red).all()
@@ -159,7 +161,7 @@ def test_aspect_ratio_is_kept(tmp_path_factory, width, height, size):
     Image = pytest.importorskip("PIL.Image")
     path = tmp_path_factory.mktemp("aspect") / "a.png"
     Image.new("RGB", (width, height), "black").save(path)
-    dark = data.read_image(path, size)[..., 0] == 0  # (S, S)
+    dark = read_image(path, size)[..., 0] == 0  # (S, S)
     rows, columns = dark.any(1).sum().item(), dark.any(0).sum().item()
     assert max(rows, columns) == size and dark.sum() == rows * columns
     assert min(rows, columns) == max(1, round(min(width, height) * size / max(width, height)))
@@ -177,7 +179,7 @@ def test_a_picture_fits_into_a_rectangle(tmp_path_factory, width, height, size):
     Image = pytest.importorskip("PIL.Image")
     path = tmp_path_factory.mktemp("rectangle") / "a.png"
     Image.new("RGB", (width, height), "black").save(path)
-    image = data.read_image(path, size)
+    image = read_image(path, size)
     dark = image[..., 0] == 0                              # (H, W)
     rows, columns = dark.any(1).sum().item(), dark.any(0).sum().item()
     scale = min(size[0] / height, size[1] / width)
@@ -187,7 +189,7 @@ def test_a_picture_fits_into_a_rectangle(tmp_path_factory, width, height, size):
     assert rows == size[0] or columns == size[1]
     top, left = dark.any(1).int().argmax().item(), dark.any(0).int().argmax().item()
     assert (top, left) == ((size[0] - rows) // 2, (size[1] - columns) // 2)
-    assert torch.equal(data.read_image(path, 9), data.read_image(path, (9, 9)))
+    assert torch.equal(read_image(path, 9), read_image(path, (9, 9)))
 
 
 def test_a_rectangle_of_a_large_photograph(tmp_path, Image):
@@ -195,7 +197,7 @@ def test_a_rectangle_of_a_large_photograph(tmp_path, Image):
     noise = torch.randint(256, (16, 1024, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     Image.fromarray(noise.numpy()).save(tmp_path / "a.jpg", quality=90)
     Image.open(tmp_path / "a.jpg").save(tmp_path / "a.png")
-    small, full = (data.read_image(tmp_path / name, (4, 1024)) for name in ("a.jpg", "a.png"))
+    small, full = (read_image(tmp_path / name, (4, 1024)) for name in ("a.jpg", "a.png"))
     assert torch.equal(small, full)
 
 
@@ -212,7 +214,7 @@ def test_a_drawing_is_read_back(tmp_path, k):
         for image, drawn in zip(codec.decode(codes), codes):
             large = image.repeat_interleave(k, 0).repeat_interleave(k, 1)
             Image.fromarray(large.numpy()).save(tmp_path / "a.png")
-            read = data.read_image(tmp_path / "a.png", image.shape[:2])
+            read = read_image(tmp_path / "a.png", image.shape[:2])
             assert torch.equal(codec.encode(read[None])[0], drawn)
 
 
@@ -221,7 +223,7 @@ def test_resize_is_antialiased(tmp_path, Image):
     board = Image.new("L", (64, 64))
     board.putdata([255 * ((i + i // 64) % 2) for i in range(64 * 64)])
     board.save(tmp_path / "a.png")
-    image = data.read_image(tmp_path / "a.png", 8).float()
+    image = read_image(tmp_path / "a.png", 8).float()
     assert (image - 127.5).abs().max() < 4
 
 
@@ -230,7 +232,7 @@ def test_no_colour_bleeds_from_transparent_pixels(tmp_path, Image):
     picture = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
     picture.paste((255, 255, 255, 255), (20, 20, 43, 43))
     picture.save(tmp_path / "a.png")
-    assert (data.read_image(tmp_path / "a.png", 16) == 255).all()
+    assert (read_image(tmp_path / "a.png", 16) == 255).all()
 
 
 def test_photographs_stand_upright(tmp_path, Image):
@@ -240,7 +242,7 @@ def test_photographs_stand_upright(tmp_path, Image):
     exif = Image.Exif()
     exif[0x0112] = 6
     picture.save(tmp_path / "a.jpg", exif=exif, quality=95)
-    image = data.read_image(tmp_path / "a.jpg", 8).float()
+    image = read_image(tmp_path / "a.jpg", 8).float()
     assert image[:3].max() < 20 and image[5:].min() > 235
 
 
@@ -251,7 +253,7 @@ def test_an_odd_entry_does_not_lose_a_turned_photograph(tmp_path, Image):
     picture = Image.new("RGB", (64, 64), "white")
     picture.paste((0, 0, 0), (0, 0, 32, 64))
     picture.save(tmp_path / "a.jpg", exif=block, quality=95)
-    image = data.read_image(tmp_path / "a.jpg", 8).float()
+    image = read_image(tmp_path / "a.jpg", 8).float()
     assert image[:3].max() < 20 and image[5:].min() > 235
 
 
@@ -261,7 +263,7 @@ def test_a_block_that_is_no_exif_says_nothing(tmp_path, Image, format):
     picture = Image.new("RGB", (64, 64), "white")
     picture.paste((0, 0, 0), (0, 0, 32, 64))
     picture.save(tmp_path / "a", format, exif=b"Exif\0\0no TIFF file")
-    image = data.read_image(tmp_path / "a", 8).float()
+    image = read_image(tmp_path / "a", 8).float()
     assert image[:, :3].max() < 20 and image[:, 5:].min() > 235
 
 
@@ -275,7 +277,7 @@ def test_large_photographs_are_decoded_small(tmp_path, Image, monkeypatch, size,
     shapes.save(tmp_path / "a.jpg", quality=90)
     Image.open(tmp_path / "a.jpg").save(tmp_path / "a.png")
     monkeypatch.setattr(ImageOps, "exif_transpose", lambda file, **how: seen.append(file.size) or real(file, **how))
-    small, full = (data.read_image(tmp_path / name, 16).int() for name in ("a.jpg", "a.png"))
+    small, full = (read_image(tmp_path / name, 16).int() for name in ("a.jpg", "a.png"))
     assert seen == [decoded or size, size] and (small - full).abs().max() <= (1 if decoded else 0)
 
 
@@ -285,7 +287,7 @@ def test_missing_pillow_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "a.png").write_bytes(b"x")
     write_folder(tmp_path, [{"file_name": "a.png", "text": "a"}])
     with pytest.raises(ImportError) as error:
-        data.load_image_folder(tmp_path)
+        load_image_folder(tmp_path)
     assert "pip install pillow" in str(error.value)
     assert "pip install pillow" in str(error.value)
 
@@ -300,13 +302,13 @@ def test_missing_folder_empty_folder_missing_metadata(tmp_path):
     for name, message in [("nowhere", "nowhere"), ("empty", "empty"),
                           ("bare", r"bare.metadata\.jsonl")]:
         with pytest.raises(FileNotFoundError, match=message):
-            data.load_image_folder(tmp_path / name)
+            load_image_folder(tmp_path / name)
 
 
 def test_metadata_without_lines(tmp_path):
     """A metadata.jsonl of blank lines is an error that names it."""
     with pytest.raises(ValueError, match=r"metadata\.jsonl"):
-        data.load_image_folder(write_folder(tmp_path, [b"", b" "]))
+        load_image_folder(write_folder(tmp_path, [b"", b" "]))
 
 
 @pytest.mark.parametrize("bad, message", [
@@ -329,7 +331,7 @@ def test_bad_lines_name_file_and_line(tmp_path, bad, message):
     (folder / "a.png").write_bytes(b"x")
     (tmp_path / "a.png").write_bytes(b"x")  # what "../a.png" would reach
     with pytest.raises(ValueError) as error:
-        data.read_metadata(folder)
+        read_metadata(folder)
     assert f"{folder / 'metadata.jsonl'}, line 3: " in str(error.value)
     assert message in str(error.value)
 
@@ -339,7 +341,7 @@ def test_missing_picture_names_file_and_line(tmp_path, name):
     """A picture that is not there, not a file, or cannot be a file, is a FileNotFoundError with its path and line."""
     folder = write_folder(tmp_path, [{"file_name": name, "text": "a"}])
     with pytest.raises(FileNotFoundError) as error:
-        data.read_metadata(folder)
+        read_metadata(folder)
     assert str(folder / name[:100]) in str(error.value) and "line 1" in str(error.value)
     assert len(str(error.value)) < 200 + 2 * len(str(folder))
 
@@ -354,14 +356,14 @@ def test_unreadable_pictures_are_named(tmp_path, Image, damage):
     (tmp_path / "bad.png").write_bytes(content)
     write_folder(tmp_path, [{"file_name": "bad.png", "text": "a"}])
     with pytest.raises(ValueError, match=r"bad\.png: cannot be read"):
-        data.load_image_folder(tmp_path)
+        load_image_folder(tmp_path)
 
 
-@pytest.mark.parametrize("format", data.FORMATS)
+@pytest.mark.parametrize("format", FORMATS)
 def test_ordinary_formats_are_read(tmp_path, Image, format):
     """Whatever the file is called: its first bytes say what it is."""
     Image.new("RGB", (8, 8), RED).save(tmp_path / "a", format)
-    image = data.read_image(tmp_path / "a", 4).int()
+    image = read_image(tmp_path / "a", 4).int()
     assert (image - torch.tensor(RED)).abs().max() < 4
 
 
@@ -369,7 +371,7 @@ def test_a_photograph_of_a_telephone_is_read(tmp_path, Image):
     """An MPO file is a JPEG with a second picture, and is called .jpg."""
     Image.new("RGB", (8, 8), RED).save(tmp_path / "a.jpg", "MPO", save_all=True,
                                        append_images=[Image.new("RGB", (8, 8), BLUE)])
-    assert (data.read_image(tmp_path / "a.jpg", 4).int() - torch.tensor(RED)).abs().max() < 4
+    assert (read_image(tmp_path / "a.jpg", 4).int() - torch.tensor(RED)).abs().max() < 4
 
 
 def test_a_picture_that_is_a_program(tmp_path, Image, monkeypatch):
@@ -381,7 +383,7 @@ def test_a_picture_that_is_a_program(tmp_path, Image, monkeypatch):
     message = "a.jpg: cannot be read as a picture .none of JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM.$"
     for file in (tmp_path / "a.jpg", io.BytesIO(script)):
         with pytest.raises(ValueError, match=message):
-            data.read_image(file, 4, "a.jpg")
+            read_image(file, 4, "a.jpg")
 
 
 @settings(max_examples=60, deadline=None)
@@ -394,4 +396,4 @@ def test_captions_round_trip(tmp_path_factory, captions, ascii_only):
     (folder / "a.png").write_bytes(b"x")
     write_folder(folder, [json.dumps({"file_name": "a.png", "text": text},
                                      ensure_ascii=ascii_only).encode() for text in captions])
-    assert [caption for _, caption in data.read_metadata(folder)] == captions
+    assert [caption for _, caption in read_metadata(folder)] == captions

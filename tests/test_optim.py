@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unimod_mini.trainer import Muon, orthogonal
+from unimod_mini.optim import Muon, orthogonal
 
 
 @given(st.integers(1, 4), st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32 - 1), st.floats(1e-3, 1e3))

@@ -2,22 +2,21 @@
 
 A data set is a folder of pictures and a `metadata.jsonl`, one JSON object a line (the Hugging Face
 imagefolder convention; other keys are ignored): {"file_name": "a/1.jpg", "text": "a sleeping cat"}.
-`python -m unimod_mini.emoji FOLDER` makes one of public emoji art.
+`python -m unimod_mini.data.emoji FOLDER` makes one of public emoji art.
 """
-import contextlib
 import json
 import os
 from pathlib import Path
 
 import torch
 
-from .codec import Palette, cut, nearest
-from .console import progress_bar
-from .shapes import Prompt, Question
+from ..console import progress_bar
+from ..image_codecs import Palette, nearest
+from ..pictures import read_image
+from ..shapes import Prompt, Question
+from ..text_codecs import cut
 
 METADATA = "metadata.jsonl"
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # Pillow's reader of PostScript starts a program
-MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # at most 8 bits a channel
 
 
 def load_image_folder(folder, size=32, limit=None):
@@ -125,59 +124,3 @@ def check_row(row, folder, where):
     if not os.path.isfile(folder / name):  # Path.is_file raises for a name that is too long
         raise FileNotFoundError(f"{where}: {folder / cut(row['file_name'])} does not exist")
     return folder / name, row["text"]
-
-
-def open_picture(path, name=None, size=None):
-    """A picture (path or open file), upright and on white, as Pillow's RGB; ValueError, naming it, if unreadable. size:
-    a JPEG may come smaller (draft)."""
-    try:
-        from PIL import Image, ImageOps, UnidentifiedImageError  # here, because nothing else needs Pillow
-    except ImportError:
-        raise ImportError('needs pillow: pip install pillow')
-    try:
-        with Image.open(path, formats=FORMATS) as file:
-            if file.mode not in MODES:  # 16-bit values would be clipped to white without a word
-                raise ValueError(f"mode {file.mode}; save it with 8 bits a channel, as RGB")
-            if size and file.format == "JPEG" and file.mode == "RGB":
-                draft(file, size)
-            with contextlib.suppress(Exception):  # a block that cannot be read says nothing
-                file.getexif()
-            for block in ("exif", "Raw profile type exif"):  # read already; writing it anew may fail at any odd entry
-                file.info.pop(block, None)
-            ImageOps.exif_transpose(file, in_place=True)  # upright, as a viewer shows it
-            picture = file.convert("RGBA" if file.has_transparency_data else "RGB")
-    except FileNotFoundError:
-        raise
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{name or path}: cannot be read as a picture (none of {', '.join(FORMATS)})") from error
-    except Exception as error:  # Pillow raises OSError, SyntaxError, DecompressionBombError ...
-        raise ValueError(f"{name or path}: cannot be read as a picture ({error})") from error
-    if picture.mode == "RGBA":  # white goes under first: the resize must not blend in the colours of transparent pixels
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    return picture
-
-
-def read_image(path, size, name=None):
-    """The picture of open_picture fitted into white, (H, W, 3) torch.uint8. size: (H, W), or S for both."""
-    height, width = (size, size) if isinstance(size, int) else size
-    picture = open_picture(path, name, max(height, width))
-    from PIL import Image
-    # 64x32 into 32x32: the longer side becomes 32, so 32x16, with 8 white rows above and below.
-    room, side = min((width, picture.width), (height, picture.height), key=lambda pair: pair[0] / pair[1])
-    across, down = (max(1, round(n * room / side)) for n in picture.size)
-    small = picture.resize((across, down), Image.Resampling.BICUBIC)  # antialiased
-    if not (picture.width % across or picture.height % down):
-        corners = picture.resize((across, down), Image.Resampling.NEAREST)
-        if corners.resize(picture.size, Image.Resampling.NEAREST).tobytes() == picture.tobytes():
-            small = corners  # an exact enlargement, as `generate` writes: bicubic would mix its pixels
-    canvas = Image.new("RGB", (width, height), "white")
-    canvas.paste(small, ((width - across) // 2, (height - down) // 2))
-    return torch.frombuffer(bytearray(canvas.tobytes()), dtype=torch.uint8).view(height, width, 3)
-
-
-def draft(file, size):
-    """Has a JPEG decoded at 1/8, 1/4 or 1/2, where that divides the sides and leaves 8 pixels for one: photographs come
-    out within 1 of 255 of what a full decode gives, a few pixels within 3."""
-    for scale in (8, 4, 2):
-        if max(file.size) >= 8 * size * scale and not any(side % scale for side in file.size):
-            return file.draft("RGB", tuple(side // scale for side in file.size))

@@ -1,17 +1,17 @@
-"""python -m unimod_mini.generate, and the pictures of show.py that it draws with."""
+"""python -m unimod_mini.generate, and the pictures that it draws with."""
 from pathlib import Path
 from random import Random
 
 import pytest
 import torch
 
-from unimod_mini import (VQ, ByteText, Palette, Plan, Tokenizer, UnifiedTransformer, WordText, World, generate,
-                         load_checkpoint, save_checkpoint)
+from unimod_mini import (VQ, ByteText, Palette, Plan, Tokenizer, UnifiedTransformer, WordText,
+                         World, draw_and_ask, load_checkpoint, save_checkpoint)
 from unimod_mini.config import ModelConfig
-from unimod_mini.data import read_image
-from unimod_mini.generate import generate_codes, generate_image, main, parser
+from unimod_mini.pictures import enlarged, read_image, write_png
+from unimod_mini.draw_and_ask import kept_tokens, main, parser
+from unimod_mini.generate import generate_codes, generate_image
 from unimod_mini.shapes import Thing
-from unimod_mini.show import enlarged, kept_tokens, write_png
 
 pytest.importorskip("PIL", reason="PNG files need the optional pillow")
 PLAN = Plan({"t2i": (1, .5, 0, .7), "mmu": (.4, 1, .5, 0)})
@@ -155,7 +155,7 @@ def test_any_picture_is_asked_about_as_prepare_reads_it(checkpoint, tmp_path, mo
     pixels = torch.randint(256, (size[1], size[0], 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     Image.fromarray(pixels.numpy(), "RGBA").convert(mode).save(tmp_path / "p.png")
     asked = []
-    monkeypatch.setattr(generate, "generate_text", lambda model, tokenizer, codes, *_, **__: asked.append(codes) or ["two"])
+    monkeypatch.setattr(draw_and_ask, "generate_text", lambda model, tokenizer, codes, *_, **__: asked.append(codes) or ["two"])
     main(["--checkpoint", str(checkpoint), "--image", str(tmp_path / "p.png"), "--question", "two"])
     tokenizer = Tokenizer.from_state(load_checkpoint(checkpoint)[1]["tokenizer"])
     assert torch.equal(asked[0], tokenizer.image.encode(read_image(tmp_path / "p.png", (4, 6))[None]))
@@ -186,7 +186,7 @@ def test_the_usual_checkpoint_and_the_usual_files(checkpoint, tmp_path, monkeypa
     main(["--image", "drawn.png", "--question", "two", "--explain"])
     assert {p.name for p in tmp_path.glob("*.png")} == {"drawn.png", "drawn-kept.png", "asked-kept.png"}
     assert (tmp_path / "drawn-kept.png").read_bytes() == drawn
-    ignored = (Path(generate.__file__).parents[1] / ".gitignore").read_text().split()
+    ignored = (Path(draw_and_ask.__file__).parents[1] / ".gitignore").read_text().split()
     assert {"drawn*", "asked*"} <= set(ignored)
 
 
@@ -202,8 +202,8 @@ def toy(tmp_path, monkeypatch):
     save_checkpoint(tmp_path / "toy.pt", model, tokenizer=tokenizer.state(), world=world)
     codes = world.draw([[Thing("green", "ring", "top-left")]], Random(0))
     prompts = []
-    monkeypatch.setattr(generate, "generate_codes", lambda model, tokenizer, texts, *_, **__: prompts.append(texts[0]) or codes)
-    monkeypatch.setattr(generate, "generate_text", lambda model, tokenizer, codes, texts, *_, **__: prompts.append(texts[0]) or ["one"])
+    monkeypatch.setattr(draw_and_ask, "generate_codes", lambda model, tokenizer, texts, *_, **__: prompts.append(texts[0]) or codes)
+    monkeypatch.setattr(draw_and_ask, "generate_text", lambda model, tokenizer, codes, texts, *_, **__: prompts.append(texts[0]) or ["one"])
     write_png(enlarged(tokenizer.image.decode(codes)[0]), tmp_path / "ring.png")
     return ["--checkpoint", str(tmp_path / "toy.pt")], tmp_path, prompts
 
@@ -255,8 +255,8 @@ def test_explained_are_the_codes_that_were_drawn(tmp_path, monkeypatch):
     config = ModelConfig("showo", 2, 2, 2, 16, 32, tokenizer.vocab_size, 64, tokenizer.image_start)
     model, seen, drawn = UnifiedTransformer(config, Plan({"t2i": (.5, 1)})), [], []
     save_checkpoint(tmp_path / "a.pt", model, tokenizer=tokenizer.state(), drawing={"steps": 2})
-    monkeypatch.setattr(generate, "explain", lambda model, tokenizer, batch, *_: seen.append(tokenizer.codes(batch.ids[:, -7:-1])))
-    monkeypatch.setattr(generate, "generate_codes", lambda *given, **options: drawn.append(generate_codes(*given, **options)) or drawn[0])
+    monkeypatch.setattr(draw_and_ask, "explain", lambda model, tokenizer, batch, *_: seen.append(tokenizer.codes(batch.ids[:, -7:-1])))
+    monkeypatch.setattr(draw_and_ask, "generate_codes", lambda *given, **options: drawn.append(generate_codes(*given, **options)) or drawn[0])
     main(["--checkpoint", str(tmp_path / "a.pt"), "--prompt", "red", "--explain", "--out", str(tmp_path / "a.png")])
     vq = tokenizer.image
     assert torch.equal(seen[0], drawn[0]) and not torch.equal(vq.encode(vq.decode(drawn[0])), drawn[0])
@@ -269,7 +269,7 @@ def test_an_answer_up_to_the_end_is_explained(tmp_path, monkeypatch, capsys):
     tokenizer = Tokenizer("showo", ByteText(), palette, (2, 3), 30)
     config = ModelConfig("showo", 2, 2, 2, 16, 32, tokenizer.vocab_size, 20, tokenizer.image_start)
     save_checkpoint(tmp_path / "a.pt", UnifiedTransformer(config, Plan({"mmu": (.5, 1)})), tokenizer=tokenizer.state())
-    monkeypatch.setattr(generate, "generate_text", lambda *_, **__: ["\ufffd" * 9])
+    monkeypatch.setattr(draw_and_ask, "generate_text", lambda *_, **__: ["\ufffd" * 9])
     write_png(torch.zeros(4, 6, 3, dtype=torch.uint8), tmp_path / "a.png")
     main(["--checkpoint", str(tmp_path / "a.pt"), "--image", str(tmp_path / "a.png"), "--question", "what", "--explain",
           "--out", str(tmp_path / "b.png")])

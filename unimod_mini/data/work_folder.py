@@ -26,9 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .console import progress_bar
-from .files import whole_file
-from .sources import Item, decode, picture_type, share
+from ..atomic_files import whole_file
+from ..console import progress_bar
+from .readers import Item, decode, picture_type, share
 
 CHUNK = 1024                       # entries
 OPEN = 64                          # arrays that are kept open, a file descriptor each
@@ -109,7 +109,7 @@ class Chunks:
                                  f"{now}: --changed anew begins again, or choose another folder")
 
     def read(self, entries, size: int, held: float, workers: int, n_codes: int | None = None) -> None:
-        """Entries (sources.py) -> the chunks that are missing. held: share of the pictures that is held out, where an
+        """Entries (readers.py) -> the chunks that are missing. held: share of the pictures that is held out, where an
         entry does not say itself on which side it is; n_codes: pictures are codes below this, None: pixels."""
         dtype, shape = picture_type(size, n_codes)
         memory = Memory(self, held)

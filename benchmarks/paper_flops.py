@@ -1,4 +1,4 @@
-"""The paper's FLOPs beside ours, for the true sizes of Show-o and Emu3: `python -m unimod_mini.flops` prints them.
+"""The paper's FLOPs beside ours, for the true sizes of Show-o and Emu3: `python benchmarks/paper_flops.py`.
 
 UniMoD (arXiv 2502.06474) gives TFLOPs of full computation and of its plans, and neither the batch nor the convention:
 is it a forward pass or a training step, all of the n x n attention or the live part of its mask? So each is counted
@@ -6,9 +6,13 @@ here, for the batches that Show-o's training and Emu3's picture sizes suggest. W
 The ratio, plan over full computation, depends little on it: that is the number to compare.
 """
 
-from .config import ModelConfig
-from .flops import batch_flops, bisect, flops_ratio
-from .routers import Plan
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from unimod_mini.config import ModelConfig  # noqa: E402
+from unimod_mini.flops import batch_flops, bisect, flops_ratio  # noqa: E402
+from unimod_mini.plan import Plan  # noqa: E402
 
 # TFLOPs of full computation and ratio in the paper, and batches that it may have counted: what it is, tokens of a
 # sequence, and {task: (sequences, tokens in a bidirectional span)}
@@ -60,3 +64,7 @@ def comparisons() -> str:
 full: n x n attention; live: the pairs that the mask lets through. The keep is found by bisection, so that the training
 FLOPs, full, meet the paper's ratio; live, kept tokens are spread evenly. The paper states neither its batch nor its
 convention: what comes near proves none."""])
+
+
+if __name__ == "__main__":
+    print(comparisons())

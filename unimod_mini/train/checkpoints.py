@@ -27,15 +27,15 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from .config import ModelConfig
+from ..atomic_files import disk_trouble, save_data, write_json
+from ..checkpoint import load_checkpoint
+from ..config import ModelConfig
+from ..console import flag
+from ..data.shards import HEADER
+from ..plan import Plan
+from ..transformer import UnifiedTransformer
+from ..weights.pretrained import load_pretrained, pretrained_config
 from .distributed import Ranks, from_first, local, wait_for_all
-from .files import disk_trouble, save_data, write_json
-from .pretrained import load_pretrained, pretrained_config
-from .routers import Plan
-from .settings import flag
-from .shards import HEADER
-from .trainer import load_checkpoint
-from .transformer import UnifiedTransformer
 
 FACTS = "run.json"
 

@@ -16,7 +16,7 @@ Held out are recombinations of what training shows in other company, each by the
 Departure from other recombination sets: no name is held out altogether. There is one drawing of a concept and style, so
 that an unseen name could not be learnt.
 
-`python -m unimod_mini.emoji FOLDER` leaves the pictures of some concepts as files, for `train_toy.py --images FOLDER`.
+`python -m unimod_mini.data.emoji FOLDER` leaves the pictures of some concepts as files, for `train_toy.py --images FOLDER`.
 """
 
 import argparse
@@ -33,10 +33,11 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-from .console import command, progress_bar
-from .data import METADATA, read_image, read_metadata
-from .files import whole_file
-from .sources import Item, share
+from ..atomic_files import whole_file
+from ..console import command, progress_bar
+from ..pictures import read_image
+from .image_folder import METADATA, read_metadata
+from .readers import Item, share
 
 STYLES, VERSION = ("google", "twitter"), "16.0.0"              # VERSION of the npm packages: the same for both
 CREDITS = {"google": "Noto Emoji, Google LLC, Apache-2.0, https://apache.org/licenses/LICENSE-2.0",
@@ -109,7 +110,7 @@ def check_size(size: int) -> None:
 
 
 class Emoji:
-    """The data set as a stream of Item (sources.py): first all pictures alone, then `scenes` scenes from a seed.
+    """The data set as a stream of Item (readers.py): first all pictures alone, then `scenes` scenes from a seed.
 
     archives: {style: .tgz}; size: pixels a side, a multiple of 4; held: share of the recombinations that is held out;
     limit: how many concepts (None: all). Raises ValueError for another size and for archives without emoji.
@@ -302,7 +303,7 @@ def write_notice(folder: Path, remark: str = "") -> None:
 
 def main(argv=None) -> None:
     """Fetch a folder of captioned emoji that `train_toy.py --images` can train on."""
-    parser = argparse.ArgumentParser(prog="python -m unimod_mini.emoji", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m unimod_mini.data.emoji", description=main.__doc__)
     parser.add_argument("folder", help="a new or an empty folder")
     parser.add_argument("--count", type=int, default=200, help="emoji, each in two styles (200)")
     with command(errors=(OSError, ValueError, RuntimeError, subprocess.CalledProcessError)):

@@ -8,6 +8,8 @@ import difflib
 import inspect
 from dataclasses import fields
 
+from ..console import flag
+
 WORDS = {"true": True, "false": False}
 
 
@@ -15,11 +17,6 @@ def nearest(name: str, names) -> str:
     """", did you mean ..?" when something is near, else the list."""
     near = difflib.get_close_matches(name, list(names), 1)
     return f": did you mean {near[0]}?" if near else f": choose from {', '.join(names)}"
-
-
-def flag(name: str) -> str:
-    """A field as the command line writes it."""
-    return "--" + name.replace("_", "-")
 
 
 def typed(name: str, kind: type, text: str):

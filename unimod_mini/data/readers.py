@@ -22,8 +22,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .codec import cut
-from .data import METADATA, _parse_line, check_row, parse_json, read_image
+from ..image_codecs import load_codes
+from ..pictures import read_image
+from ..text_codecs import cut
+from .image_folder import METADATA, _parse_line, check_row, parse_json
 
 DESCRIBE = "describe ?"
 QUESTIONS = (".json", ".jsonl")
@@ -331,24 +333,6 @@ def decode(job):
                 picture = io.BytesIO(file.read(picture.size))
         if n_codes is None:
             return read_image(picture, size, key).numpy().tobytes()
-        return read_codes(picture, (size, size), n_codes).tobytes()
+        return load_codes(picture, (size, size), n_codes).tobytes()
     except (ValueError, OSError) as error:
         return str(error).removeprefix(f"{key}: ")
-
-
-def read_codes(file, grid: tuple, n_codes: int):
-    """An .npy of integers -> int32 (h, w); (1, h, w), and all h w in one row, are taken as well. ValueError for what is
-    none, has another grid, or codes outside [0, n_codes)."""
-    try:
-        codes = np.load(file, allow_pickle=False)
-        sides = [side for side in codes.shape if side != 1]                  # of an .npz: AttributeError
-    except FileNotFoundError:
-        raise
-    except Exception as error:                             # numpy's own text advises to load it unsafely
-        raise ValueError(f"no .npy of numbers ({type(error).__name__})") from error
-    h, w = grid
-    if codes.dtype.kind not in "iu" or codes.size != h * w or sides not in ([n for n in grid if n != 1], [h * w]):
-        raise ValueError(f"codes are integers ({h}, {w}), this is {codes.dtype} {codes.shape}")
-    if codes.min() < 0 or codes.max() >= n_codes:
-        raise ValueError(f"codes lie in [{codes.min()}, {codes.max()}], expected [0, {n_codes})")
-    return codes.astype(np.int32).reshape(grid)

@@ -1,4 +1,4 @@
-"""analysis.py: attention received, layers left out, tasks that compete for one router."""
+"""benchmarks/observations.py: attention received, layers left out, tasks that compete for one router."""
 import pytest
 import torch
 import torch.nn.functional as F
@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import BACKBONES, N_LAYER, build, call, naive_sees, plans, real, seeds, tiny
-from unimod_mini import analysis
+from benchmarks import observations
 from unimod_mini.objectives import cross_entropy
-from unimod_mini.routers import Plan, TaskRouter, capacity
+from unimod_mini.plan import Plan, capacity
+from unimod_mini.routers import TaskRouter
 from unimod_mini.tokenizer import IGNORE, Batch
 
 backbones, paddings = st.sampled_from(BACKBONES), st.sampled_from(("none", "left", "right", "both", "holes"))
@@ -35,11 +36,11 @@ def test_attention_received_pair_by_pair(backbone, padding, spans, seed):
         patch.setattr(F, "scaled_dot_product_attention",
                       lambda q, k, v, **rest: (caught.append((q, k)), attend(q, k, v, **rest))[1])
         model(**batch.inputs(), task="t2i")
-    got = analysis.attention_received(model, batch, "t2i")
+    got = observations.attention_received(model, batch, "t2i")
     positions = model.context(batch.ids, None, batch.spans, batch.valid).positions
     span = torch.zeros_like(batch.ids) if batch.spans is None else batch.spans
     for layer, (q, k) in enumerate(caught):
-        values = {kind: [] for kind in analysis.KINDS}
+        values = {kind: [] for kind in observations.KINDS}
         for b, row in enumerate(batch.ids):
             keys = batch.is_valid[b]
             for i in keys.nonzero().flatten().tolist():
@@ -67,7 +68,7 @@ def test_even_attention_is_received_as_one(backbone, padding, spans, seed):
                 p.zero_()
     batch = sample(config, 3, 12, seed, padding, spans)
     image = batch.ids >= config.image_start
-    for kind, row in analysis.attention_received(model, batch, "mmu").items():
+    for kind, row in observations.attention_received(model, batch, "mmu").items():
         there = (batch.is_valid & (image if kind == "image" else ~image)).any()
         assert torch.allclose(row, torch.ones(N_LAYER)) if there else row.isnan().all()
 
@@ -75,7 +76,7 @@ def test_even_attention_is_received_as_one(backbone, padding, spans, seed):
 def test_a_kind_that_is_not_there():
     config = tiny("emu3")
     batch = sample(config, 1, 5, 0)._replace(ids=torch.full((1, 5), 3))
-    got = analysis.attention_received(build(config), batch, "mmu")
+    got = observations.attention_received(build(config), batch, "mmu")
     assert got["image"].isnan().all() and torch.allclose(got["text"], torch.ones(N_LAYER))
 
 
@@ -90,7 +91,7 @@ def test_a_layer_left_out(backbone, plan, seed):
     before = {name: x.clone() for name, x in model.state_dict().items()}
     measure = lambda m: m(**batch.inputs(), task="t2i").logits
     with torch.no_grad():
-        whole, without = analysis.layer_importance(model, measure)
+        whole, without = observations.layer_importance(model, measure)
         assert torch.equal(whole, measure(model)) and len(without) == N_LAYER and model.plan == plan
         for layer, got in enumerate(without):
             keep = {task: [0.0 if n == layer else k for n, k in enumerate(row)] for task, row in plan.keep.items()}
@@ -104,8 +105,8 @@ def test_no_layer_is_judged_with_dropout():
     """A model that is being trained is measured as it would answer, and trains on."""
     model, batch = build(tiny("emu3", attention_dropout=0.5)), sample(tiny("emu3"), 2, 7, 0)
     measure = lambda m: m(**batch.inputs(), task="mmu").logits
-    wanted, without = analysis.layer_importance(model, measure)
-    again = analysis.layer_importance(model.train(), measure)
+    wanted, without = observations.layer_importance(model, measure)
+    again = observations.layer_importance(model.train(), measure)
     assert model.training and torch.equal(wanted, again[0]) and all(map(torch.equal, without, again[1]))
 
 
@@ -114,7 +115,7 @@ def test_a_layer_that_does_nothing_is_not_missed():
     with torch.no_grad():
         for p in (*model.blocks[1].attention.out.parameters(), *model.blocks[1].mlp.down.parameters()):
             p.zero_()
-        whole, without = analysis.layer_importance(model, lambda m: m(**batch.inputs(), task="mmu").logits)
+        whole, without = observations.layer_importance(model, lambda m: m(**batch.inputs(), task="mmu").logits)
     assert [torch.equal(whole, x) for x in without] == [False, True, False]
 
 
@@ -134,7 +135,7 @@ def test_the_pool_is_shared_exactly(backbone, padding, share, seed):
     """Of all valid tokens of both tasks together, floor(share n + 1/2) win, at least one."""
     config = tiny(backbone)
     batches = {"t2i": sample(config, 2, 9, seed, padding), "mmu": sample(config, 3, 7, seed + 1, padding)}
-    _, shares = analysis.compete(build(config, seed=seed), routers(config), batches, share)
+    _, shares = observations.compete(build(config, seed=seed), routers(config), batches, share)
     count = {task: int(batch.is_valid.sum()) for task, batch in batches.items()}
     total = sum(count.values())
     won = sum(shares[task, 1] * n for task, n in count.items())
@@ -145,7 +146,7 @@ def test_the_pool_is_shared_exactly(backbone, padding, share, seed):
 def test_when_all_win_the_model_is_dense(backbone):
     config = tiny(backbone)
     model, batches = build(config), {task: sample(config, 2, 9, n, "left") for n, task in enumerate(("t2i", "mmu"))}
-    losses, _ = analysis.compete(model, routers(config), batches, 1.0)
+    losses, _ = observations.compete(model, routers(config), batches, 1.0)
     for task, batch in batches.items():
         logits = model(**batch.inputs(), task=task).logits
         assert losses[task].item() == pytest.approx(cross_entropy(logits, batch.labels).item())
@@ -158,7 +159,7 @@ def test_winners_update_and_learn(backbone, monkeypatch):
     monkeypatch.setattr(torch, "rand_like", lambda x: torch.full_like(x, 0.5))
     model, own = build(config), routers(config)
     batches = {task: sample(config, 2, 9, n, "left") for n, task in enumerate(("t2i", "mmu"))}
-    losses, _ = analysis.compete(model, own, batches, 0.4)
+    losses, _ = observations.compete(model, own, batches, 0.4)
     got = torch.autograd.grad(losses["t2i"] + losses["mmu"], own[1].score.bias)[0]
 
     contexts = {task: model.context(b.ids, None, b.spans, b.valid) for task, b in batches.items()}
@@ -190,7 +191,7 @@ def test_the_task_whose_loss_counts_wins():
     before = {name: x.clone() for name, x in model.state_dict().items()}
     for winner, loser in (("t2i", "mmu"), ("mmu", "t2i")):
         torch.manual_seed(0)
-        won = analysis.competition(model, lambda: batches, 60, {winner: 1.0, loser: 0.0}, lr=0.05)
+        won = observations.competition(model, lambda: batches, 60, {winner: 1.0, loser: 0.0}, lr=0.05)
         assert won[winner][0] is None and won[winner][1] > 0.7 > 0.3 > won[loser][1]
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
@@ -202,7 +203,7 @@ def test_competition_in_low_precision(weights, autocast):
     config = tiny("emu3")
     model, batch = build(config, dtype=weights), sample(config, 8, 40, 0)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        won = analysis.competition(model.train(), lambda: {"t2i": batch, "mmu": batch}, 2, {"t2i": 1, "mmu": 1}, counted=3)
+        won = observations.competition(model.train(), lambda: {"t2i": batch, "mmu": batch}, 2, {"t2i": 1, "mmu": 1}, counted=3)
     assert won["t2i"][1] + won["mmu"][1] == pytest.approx(1, abs=1e-6) and model.training
 
 
@@ -212,11 +213,11 @@ def test_what_competition_refuses():
     batch = sample(config, 1, 5, 0)
     for model in (build(config, Plan.interleaved(N_LAYER)), build(tiny("emu3", n_layer=1))):
         with pytest.raises(ValueError, match="a dense model of two layers or more is needed"):
-            analysis.competition(model, lambda: {"mmu": batch}, 1, {"mmu": 1.0})
+            observations.competition(model, lambda: {"mmu": batch}, 1, {"mmu": 1.0})
     for wrong in ({"steps": -1}, {"counted": 0}, {"share": 1.5}, {"share": 0.0}):
         with pytest.raises(ValueError, match="competition: steps must be at least 0, counted at least 1 and share in"):
-            analysis.competition(build(config), lambda: {"mmu": batch}, **{"steps": 1, "weights": {"mmu": 1.0}} | wrong)
+            observations.competition(build(config), lambda: {"mmu": batch}, **{"steps": 1, "weights": {"mmu": 1.0}} | wrong)
     with pytest.raises(ValueError, match="unknown task 'lm'"):
-        analysis.competition(build(config, Plan.dense(N_LAYER)), lambda: {"lm": batch}, 1, {"lm": 1.0})
+        observations.competition(build(config, Plan.dense(N_LAYER)), lambda: {"lm": batch}, 1, {"lm": 1.0})
     with pytest.raises(ValueError, match="the vocabulary is"):
-        analysis.attention_received(build(config), batch._replace(ids=batch.ids + config.vocab_size), "mmu")
+        observations.attention_received(build(config), batch._replace(ids=batch.ids + config.vocab_size), "mmu")

@@ -37,12 +37,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .codec import cut
-from .console import progress_bar
-from .files import json_text, save_data, whole_file, write_json
-from .objectives import drop_prompts, mask_image_tokens
-from .routers import TASKS
-from .tokenizer import Batch, Tokenizer
+from ..atomic_files import json_text, save_data, whole_file, write_json
+from ..console import progress_bar
+from ..objectives import drop_prompts, mask_image_tokens
+from ..plan import TASKS
+from ..text_codecs import cut
+from ..tokenizer import Batch, Tokenizer
 
 FORMAT, VERSION, HEADER = "unimod_mini shard", 1, 4096
 SPLITS = ("train", "held")

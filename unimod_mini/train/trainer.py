@@ -5,7 +5,7 @@ mean over the labelled tokens of all micro-batches and ranks: the hosts add up t
 between CPUs), every micro-batch weighs its losses with its part of them, and all that follows are sums.
 
 A host never waits for a CUDA device in here. That includes steps whose loss or gradient is not finite: the flag stays
-on the device and goes into the optimisers (`found_inf` of torch's fused AdamW, and of trainer.Muon), which then change
+on the device and goes into the optimisers (`found_inf` of torch's fused AdamW, and of optim.Muon), which then change
 nothing. The norm of the exchanged gradient and the added losses (a second small all-reduce, between devices) are the
 same on every rank, so every rank skips the same steps.
 
@@ -22,12 +22,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from ..objectives import Objective, token_counts, training_rules
+from ..optim import Muon, clip_gradients, hidden_and_rest, learning_rate
+from ..transformer import UnifiedTransformer
 from .checkpoints import named_tensors
+from .cuda_graphs import Recorded
 from .distributed import freeze_unused, local, reshard, synchronised, total, whole, wrap
-from .graphs import Recorded
-from .objectives import Objective, token_counts, training_rules
-from .trainer import Muon, clip_gradients, hidden_and_rest, learning_rate
-from .transformer import UnifiedTransformer
 
 
 def share_out(batches: list, stop: bool = False) -> tuple[list, bool]:

@@ -1,4 +1,4 @@
-"""files.py: what is written can be read, or is refused before a byte is written; nothing is lost when the disk is full."""
+"""atomic_files.py: what is written can be read, or is refused before a byte is written; nothing is lost when the disk is full."""
 import argparse
 import errno
 import io
@@ -15,10 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers import build, tiny
-from unimod_mini import (ByteText, ModelConfig, Palette, Plan, Tokenizer, UnifiedTransformer, WordText, generate_image,
-                         generate_text, load_checkpoint, load_pretrained, make_optimizers, save_checkpoint, save_pretrained)
-from unimod_mini.files import disk_trouble, json_text, plain, save_data, whole_file, write_json
-from unimod_mini.shards import Shards, write_shards
+from unimod_mini import (ByteText, ModelConfig, Palette, Plan, Tokenizer, UnifiedTransformer,
+                         WordText, generate_image, generate_text, load_checkpoint, load_pretrained,
+                         make_optimizers, save_checkpoint, save_pretrained)
+from unimod_mini.atomic_files import (disk_trouble, json_text, plain, save_data, whole_file,
+                                      write_json)
+from unimod_mini.data.shards import Shards, write_shards
 
 PLAN = Plan({"t2i": (1, .5, .3), "mmu": (.4, 1, 1)})
 WORDS = ["a", "b", "2*3", "USER:", "ASSISTANT:"]

@@ -14,11 +14,12 @@ from copy import copy
 
 import torch
 
-from .layer_switch import queries_and_keys
-from .objectives import cross_entropy
-from .routers import Plan, TaskRouter, capacity
-from .tokenizer import Batch
-from .transformer import UnifiedTransformer, attention_mask, evaluating, inference
+from unimod_mini.layer_switch import queries_and_keys
+from unimod_mini.objectives import cross_entropy
+from unimod_mini.plan import Plan, capacity
+from unimod_mini.routers import TaskRouter
+from unimod_mini.tokenizer import Batch
+from unimod_mini.transformer import UnifiedTransformer, attention_mask, evaluating, inference
 
 KINDS = ("text", "image")
 

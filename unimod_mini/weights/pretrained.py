@@ -21,10 +21,10 @@ from pathlib import Path
 
 import torch
 
-from .config import PRESETS, ModelConfig
-from .files import json_text, plain, whole_file
-from .routers import Plan
-from .transformer import WRAPPERS, UnifiedTransformer, unwrapped
+from ..atomic_files import json_text, plain, whole_file
+from ..config import PRESETS, ModelConfig
+from ..plan import Plan
+from ..transformer import WRAPPERS, UnifiedTransformer, unwrapped
 
 # --------------------------------------------------------------------------------------------------------------
 # Two vocabularies

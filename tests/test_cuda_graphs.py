@@ -1,4 +1,4 @@
-"""graphs.py: a recording gives what its function gives. There is no CUDA here: a graph that runs the function once more,
+"""train/cuda_graphs.py: a recording gives what its function gives. There is no CUDA here: a graph that runs the function once more,
 into the same memory, stands in for CUDA's. tests/test_cuda.py does the same with real ones."""
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 
 import test_full
 from test_full import TINY, data, rows  # noqa: F401 (data is a fixture)
-from unimod_mini import graphs, run
+from unimod_mini.train import cuda_graphs as graphs, trainer as run
 from unimod_mini.tokenizer import Batch
 
 CPU = torch.device("cpu")

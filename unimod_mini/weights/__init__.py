@@ -1,0 +1,1 @@
+"""Folders of published weights, in and out."""
