@@ -56,7 +56,7 @@ def prefilled(model, prompt, batch: int, n_new: int) -> Cache:
     cache = Cache(model, TASK, batch, T + n_new)
     again = torch.arange(batch, device=prompt.device) % D
     counts = [[source.counts[b] for b in again.tolist()] for source in few.layers]
-    cache.rewind((few.length, few.n_valid[again], few.n_image[again], None, counts))
+    cache.rewind((few.length, few.n_valid[again], few.n_image[again], few.last_span[again], counts))
     for layer, source in zip(cache.layers, few.layers):
         layer.n_slot = source.n_slot
         layer.k, layer.v, layer.positions = source.k[again], source.v[again], source.positions[again]

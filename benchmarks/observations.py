@@ -19,7 +19,8 @@ from unimod_mini.objectives import cross_entropy
 from unimod_mini.plan import Plan, capacity
 from unimod_mini.routers import TaskRouter
 from unimod_mini.tokenizer import Batch
-from unimod_mini.transformer import UnifiedTransformer, attention_mask, evaluating, inference
+from unimod_mini.inference import evaluating, inference
+from unimod_mini.transformer import UnifiedTransformer, attention_mask
 
 KINDS = ("text", "image")
 
@@ -102,7 +103,7 @@ def compete(model: UnifiedTransformer, routers: dict, batches: dict, share: floa
         x_i <- x_i + m_i u_i, where every token stays a key
     """
     for task, batch in batches.items():
-        model.check(batch.ids, task, None, batch.spans, batch.valid, "topk", None)
+        model.check_call(batch.ids, task, spans=batch.spans, valid=batch.valid)
     contexts = {task: model.context(batch.ids, None, batch.spans, batch.valid) for task, batch in batches.items()}
     x = {task: model.embed_tokens(batch.ids, batch.valid) for task, batch in batches.items()}
     shares = {}

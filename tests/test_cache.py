@@ -238,7 +238,7 @@ def test_a_chunk_of_padding_alone():
     (dict(task="t2i"), "this cache is for 2 rows of 'mmu', got 2 of 't2i'"),
     (dict(ids=torch.zeros(3, 2, dtype=torch.long)), "this cache is for 2 rows of 'mmu', got 3 of 'mmu'"),
     (dict(positions=torch.zeros(2, 2, dtype=torch.long)), "positions are counted by the cache"),
-    (dict(ids=torch.zeros(2, 9, dtype=torch.long)), "9 tokens, but this cache was made for 8"),
+    (dict(ids=torch.zeros(2, 9, dtype=torch.long)), "9 tokens, but this cache and its model take 8 at most"),
 ])
 def test_calls_that_cannot_be_right(case, message):
     """A cache used for another task, other rows, explicit positions or too many tokens is a ValueError."""

@@ -50,7 +50,7 @@ def grow(model, row, task, rule, spans=0, count=1, allowed=slice(None), after=la
     for n in range(count):
         ids = torch.tensor([row + new])
         span = (torch.arange(ids.shape[1]) < spans).long()[None] if spans else None
-        logits = model(ids, task=task, spans=span, routing=rule, coming=max(0, finished - ids.shape[1])).logits[0, -1]
+        logits = model(ids, task=task, spans=span, routing=rule, n_future=max(0, finished - ids.shape[1])).logits[0, -1]
         new.append(int(logits[allowed].argmax()) + (allowed.start or 0))
         new += after(n)
     return new
@@ -517,7 +517,7 @@ def test_guided_rows_equal_recomputation(rule):
         tail = [i for k, c in enumerate(codes) for i in [c] + [tokens.special["EOL"]] * (k % 3 == 2)]
         rows = [torch.tensor([tokens.t2i_prompt(p) + tail]) for p in ("a b", "")]
         coming = 2 * 4 + 3 - len(tail)                     # of two rows of three codes and EOL, EOF, eoi, EOS
-        c, u = (model(row, task="t2i", routing=rule, coming=coming).logits[0, -1].log_softmax(-1) for row in rows)
+        c, u = (model(row, task="t2i", routing=rule, n_future=coming).logits[0, -1].log_softmax(-1) for row in rows)
         codes.append(int((c + w * (c - u))[tokens.image_start:tokens.image_end].argmax()) + tokens.image_start)
     image = generate_image(model, tokens, "a b", rule, temperature=0.0, guidance=w)
     assert (tokens.image.encode(image[None]) + tokens.image_start).flatten().tolist() == codes

@@ -16,7 +16,8 @@ from unimod_mini.cache import Cache
 from unimod_mini.config import ModelConfig
 from unimod_mini.plan import TASKS, Plan
 from unimod_mini.routers import GATES
-from unimod_mini.transformer import UnifiedTransformer, attention_mask, evaluating, rotary
+from unimod_mini.inference import evaluating
+from unimod_mini.transformer import UnifiedTransformer, attention_mask, rotary
 
 backbones, tasks = st.sampled_from(BACKBONES), st.sampled_from(("t2i", "mmu"))
 ALMOST = 1 - 1e-9                                          # routed, and K = T
@@ -60,22 +61,15 @@ def test_parameter_totals(name, total):
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(backbone="phi"), "backbone must be showo or emu3, got 'phi'"),
+    (dict(backbone="phi"), "backbone must be one of showo, emu3, got 'phi'"),
     (dict(gate="relu"), "gate must be one of linear, sigmoid, tanh, got 'relu'"),
+    (dict(membership="me"), "membership must be one of predictor, router, got 'me'"),
     (dict(n_head=5), "n_head=5 must divide d_model=32"),
     (dict(n_kv_head=3), "be a multiple of n_kv_head=3"),
-    (dict(rope_fraction=0.4), "3 rotated dims a head, an even number is needed"),
-    (dict(n_head=0), r"sizes must be whole numbers of at least 1 .*, got \{'n_head': 0\}"),
-    (dict(n_kv_head=0, n_layer=-1), r"sizes must be whole numbers .*, got \{'n_layer': -1, 'n_kv_head': 0\}"),
-    (dict(d_ff=0), "sizes must be whole numbers of at least 1"),
-    (dict(n_layer=1.5, vocab_size="9"), r"sizes must be whole numbers .*, got \{'n_layer': 1.5, 'vocab_size': '9'\}"),
-    (dict(rope_fraction=1.5), r"rope_fraction must lie in \[0, 1\] and attention_dropout in \[0, 1\), got 1.5, 0.0"),
-    (dict(rope_fraction=-1.0), "rope_fraction must lie in"),
-    (dict(attention_dropout=1.0), r"attention_dropout in \[0, 1\), got 0.5, 1.0"),
-    (dict(image_positions=-1), r"predictor_width: 0\), got \{'image_positions': -1\}"),
-    (dict(predictor_width=-2), r"predictor_width: 0\), got \{'predictor_width': -2\}"),
-    (dict(image_start=-1), r"predictor_width: 0\), got \{'image_start': -1\}"),
-    *[(dict(rope_theta=theta), f"rope_theta must be finite and above 0, got {theta}") for theta in (0.0, float("inf"), float("nan"))],
+    (dict(rope_fraction=0.4), "rotate an even number of dims a head, not 3"),
+    (dict(rope_fraction=1.5), r"rope_fraction=1.5 must lie in \[0, 1\]"),
+    (dict(n_head=0), "n_head must be at least 1, got 0"),
+    (dict(d_ff=0), "d_ff must be at least 1"),
 ])
 def test_config_rejects(changes, message):
     """A config that cannot be built is a ValueError that names the field."""
@@ -158,14 +152,6 @@ def test_evaluating_puts_every_module_back():
     with evaluating(model):
         assert not any(module.training for module in model.modules())
     assert [module.training for module in model.modules()] == before and len(set(before)) == 2
-
-
-def test_a_model_keeps_its_own_plan():
-    """The rows of a plan are a plain dict: what is done to them later does not reach a model."""
-    plan = Plan({"t2i": (1, .5, 1)})
-    model = UnifiedTransformer(tiny("emu3"), plan)
-    plan.keep["t2i"] = (1, .5, .5)
-    assert model.plan == Plan({"t2i": (1, .5, 1)}) and model(torch.tensor([[1, 2]])).logits.shape == (1, 2, 30)
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -528,18 +514,14 @@ IDS = torch.zeros(2, 5, dtype=torch.long)
 
 @pytest.mark.parametrize("arguments, message", [
     (dict(task="lm"), "unknown task 'lm': this model's plan knows t2i, mmu"),
-    (dict(routing="top-k"), 'routing must be "topk", "predicted" or "causal", got \'top-k\''),
+    (dict(routing="top-k"), "routing must be one of topk, predicted, causal, got 'top-k'"),
     (dict(ids=IDS[0]), r"ids must be \(B, T\) long with B, T >= 1, got \(5,\) torch.int64"),
     (dict(ids=IDS.int()), r"got \(2, 5\) torch.int32"),
     (dict(ids=IDS[:, :0]), r"with B, T >= 1, got \(2, 0\)"),
-    (dict(ids=IDS[:0]), r"with B, T >= 1, got \(0, 5\)"),
-    (dict(ids=IDS.repeat(1, 13)), "65 tokens, but max_length is 64: shorten the sequence or raise max_length"),
-    (dict(positions=IDS[:, :4]), r"positions must be integers of the shape of ids \(2, 5\), got \(2, 4\)"),
-    (dict(positions=[0, 1]), "positions must be integers of the shape of ids .* got a list"),
-    (dict(spans=IDS[:1]), r"spans must be integers of the shape of ids \(2, 5\), got \(1, 5\)"),
-    (dict(spans=IDS.float()), r"spans must be integers .* got \(2, 5\) torch.float32"),
-    (dict(valid=IDS[0].bool()), r"valid must be bool .* of the shape of ids \(2, 5\), got \(5,\)"),
-    (dict(valid=IDS), r"valid must be bool .* of the shape of ids \(2, 5\), got \(2, 5\) torch.int64"),
+    (dict(ids=IDS.repeat(1, 13)), "65 tokens, but max_length is 64: shorten the sequence"),
+    (dict(positions=IDS[:, :4]), r"positions must have the shape of ids \(2, 5\), got \(2, 4\)"),
+    (dict(spans=IDS[:1]), r"spans must have the shape of ids \(2, 5\), got \(1, 5\)"),
+    (dict(valid=IDS), r"valid must be bool \(pass mask != 0\), got torch.int64"),
     (dict(ids=IDS - 1), r"ids lie in \[-1, -1\], the vocabulary is \[0, 30\)"),
     (dict(ids=IDS + 30), r"ids lie in \[30, 30\], the vocabulary is \[0, 30\)"),
 ])
@@ -555,20 +537,12 @@ def test_the_cache_counts_towards_max_length():
     model = UnifiedTransformer(tiny("emu3", max_length=7))
     cache = Cache(model, "t2i", 2, 20)
     model(IDS, cache=cache, routing="causal")
-    with pytest.raises(ValueError, match="10 tokens, but max_length is 7"):
+    with pytest.raises(ValueError, match="10 tokens, but this cache and its model take 7 at most"):
         model(IDS, cache=cache, routing="causal")
 
 
-def test_sizes_from_numpy_are_plain():
-    """numpy's integers become Python's, so that a checkpoint of such a model can be read."""
-    config = tiny("emu3", n_layer=np.int64(3), vocab_size=np.int32(40))
-    assert config == tiny("emu3", n_layer=3, vocab_size=40) and type(config.n_layer) is type(config.vocab_size) is int
-
-
 def test_plan_of_another_depth():
-    """A plan for another number of layers, and what is no plan, are refused when the model is made."""
-    with pytest.raises(ValueError, match=r"plan must be a Plan or None \(dense\), got a dict: Plan\("):
-        UnifiedTransformer(tiny("showo"), {"t2i": (1, 1, 1)})
+    """A plan for another number of layers is refused when the model is made."""
     with pytest.raises(ValueError, match="the plan has 4 layers, the model 3: make one for this model"):
         UnifiedTransformer(tiny("showo"), Plan.dense(4))
 

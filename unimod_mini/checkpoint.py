@@ -6,7 +6,8 @@ from .atomic_files import save_data
 from .config import ModelConfig
 from .device import find_precision
 from .plan import Plan
-from .transformer import UnifiedTransformer, unwrapped, without_wrappers
+from .inference import unwrapped, without_wrappers
+from .transformer import UnifiedTransformer
 
 
 def save_checkpoint(path, model: UnifiedTransformer, **extra) -> None:

@@ -21,7 +21,8 @@ from .pictures import enlarged, read_image, save_png, terminal, write_codes, wri
 from .shapes import World
 from .text_codecs import HFText
 from .tokenizer import Batch, Tokenizer
-from .transformer import PRECISIONS, inference
+from .inference import inference
+from .transformer import PRECISIONS
 
 CHECKPOINT = "out/toy/checkpoint.pt"
 DIM = 0.2        # what is left of a skipped patch's contrast to white

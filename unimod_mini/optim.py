@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from .transformer import unwrapped
+from .inference import unwrapped
 
 
 @torch.no_grad()

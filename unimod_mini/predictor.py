@@ -1,92 +1,117 @@
 """From top-k to causal: the thresholds of the predictors, and how well they do.
 
 Top-k looks at the whole sequence, and so into the future. At inference a token is kept when its
-predictor's logit is above a threshold, which looks at this token alone (routers.TaskRouter). Here the
-thresholds are set, and what they decide is compared with top-k.
+predictor's logit is above a threshold, which looks at this token alone (routers.TaskRouter). Here
+the thresholds are set, and what they decide is compared with top-k.
 
-Legend: B batch, T tokens.
+Legend: B batch, T tokens, V vocabulary, N tokens that a predictor decides about.
 """
 
 import torch
+from torch import Tensor
 
-from .transformer import UnifiedTransformer, inference
+from .inference import inference
+from .transformer import UnifiedTransformer
+
+LOGITS = 2**28     # so many numbers of (B, T, V) at once: a gigabyte of float32
 
 
-def predicted_tokens(batch, task: str) -> torch.Tensor:
-    """(B, T) bool: the tokens whose membership the predictor decides at inference (not those of a drawn span)."""
-    return batch.is_valid & (batch.spans == 0) if task == "t2i" and batch.spans is not None else batch.is_valid
-
-
-LOGITS = 2**28                     # a gigabyte of float32
+def predicted_tokens(batch, task: str) -> Tensor:
+    """(B, T) bool: the tokens whose membership the predictor decides, all but a drawn span's."""
+    if task == "t2i" and batch.spans is not None:
+        return batch.is_valid & (batch.spans == 0)
+    return batch.is_valid
 
 
 def decisions(model: UnifiedTransformer, batch, task: str, rule: str) -> tuple[list, list]:
-    """By layer, membership logits and selected tokens, (B, T) each, None where nothing is routed.
-
-    So many sequences at a time that the model's own logits, (.., T, V), are LOGITS numbers at most.
-    """
+    """By layer, membership logits and selected tokens, (B, T) each; None where none is routed."""
     rows = max(1, LOGITS // (batch.ids.shape[1] * model.config.vocab_size))
     pieces = []
     for start in range(0, len(batch.ids), rows):
         part = batch.map(lambda t: t[start:start + rows])
         pieces.append(model(**part.inputs(), task=task, routing=rule).routing)
-    layers = [None if layer[0] is None else layer for layer in zip(*pieces)]
-    return tuple([None if layer is None else torch.cat([getattr(routing, name) for routing in layer])
-                  for layer in layers] for name in ("predictor", "selected"))
+    logits, selected = [], []
+    for layer in zip(*pieces):                             # a Routing for each piece, or None
+        routed = layer[0] is not None
+        logits.append(torch.cat([part.predictor for part in layer]) if routed else None)
+        selected.append(torch.cat([part.selected for part in layer]) if routed else None)
+    return logits, selected
 
 
 @inference
 def calibrate(model: UnifiedTransformer, batches: dict) -> None:
-    """Set every threshold so that, on these batches ({task: Batch}), causal routing keeps as many tokens as top-k.
+    """Set every threshold so that causal routing keeps as many tokens as top-k on these batches.
 
-    Layer after layer, those below already set. A threshold lies midway between two neighbouring scores; neighbours
-    within 1e-4 of the whole spread are kept or dropped together, whichever is nearer. Run it in the precision
-    that inference will use: another one may flip the few tokens that lie close. ValueError for scores that are not
-    finite.
+    batches: {task: Batch}. Layer after layer, those below already set. Run it in the precision that
+    inference will use: another one may flip the few tokens that lie close to a threshold.
+    ValueError for scores that are not finite.
     """
     for task, batch in batches.items():
-        asked = predicted_tokens(batch, task)
+        asked = predicted_tokens(batch, task)              # (B, T)
         _, topk = decisions(model, batch, task, "topk")
-        for layer, target in enumerate(topk):
-            if target is None or not asked.any():
+        for layer, kept in enumerate(topk):
+            if kept is None or not asked.any():
                 continue
-            logits = decisions(model, batch, task, "causal")[0][layer][asked].float()
+            logits, _ = decisions(model, batch, task, "causal")
+            logits = logits[layer][asked].float()          # (N,)
             if not logits.isfinite().all():
-                raise ValueError(f"calibrate: membership logits of layer {layer} for {task} are not finite")
-            scores, group = logits.unique(return_counts=True)                                # ascending
-            edges = torch.cat((scores[:1] - 2, scores, scores[-1:] + 2))     # thresholds lie between neighbours
-            kept = logits.numel() - torch.cat((group.new_zeros(1), group.cumsum(0)))
-            apart = edges.diff() > 1e-4 * (scores[-1] - scores[0])
-            best = (kept - target[asked].sum()).abs().masked_fill(~apart, kept[0] + 1).argmin()
+                raise ValueError(f"calibrate: membership logits of layer {layer} for {task} are "
+                                 "not finite")
+            below, above = gap_for(logits, int(kept[asked].sum()))
             threshold = model.router(layer, task).get_buffer(f"threshold_{task}")
-            threshold.copy_((edges[best] + edges[best + 1]) / 2)
-            if threshold >= edges[best + 1]:               # in bf16 the middle may round onto the score above
-                threshold.copy_(edges[best])
+            threshold.copy_((below + above) / 2)
+            if threshold >= above:                         # in bf16 the middle may round up to it
+                threshold.copy_(below)
+
+
+def gap_for(logits: Tensor, n_keep: int) -> tuple[Tensor, Tensor]:
+    """The neighbouring scores between which a threshold keeps the most nearly `n_keep` tokens.
+
+    logits (N,). Neighbours within 1e-4 of the whole spread are kept or dropped together, so that
+    rounding noise flips no decision.
+    """
+    scores, count = logits.unique(return_counts=True)      # ascending
+    edges = torch.cat((scores[:1] - 2, scores, scores[-1:] + 2))
+    n_below = torch.cat((count.new_zeros(1), count.cumsum(0)))
+    n_kept = logits.numel() - n_below                      # by a threshold in each gap of the edges
+    too_close = edges.diff() <= 1e-4 * (scores[-1] - scores[0])
+    miss = (n_kept - n_keep).abs().masked_fill(too_close, logits.numel() + 1)
+    best = miss.argmin()
+    return edges[best], edges[best + 1]
 
 
 @inference
 def predictor_report(model: UnifiedTransformer, batches: dict) -> dict:
-    """How well membership is predicted: means over the routed layers and tasks (None: nothing is routed), and every one
-    of them in "by_layer".
+    """How well membership is predicted: means over layers and tasks, each of them in "by_layer".
 
-    accuracy against top-k membership beside its base rate (always guessing the majority), precision and recall of
-    "kept", and the share of tokens kept by top-k (capacity_trained) and by causal routing (capacity_realised).
+    accuracy against membership in the top k, beside its base rate (always guessing the majority);
+    precision and recall of "kept"; the share of tokens kept by top-k (capacity_trained) and by
+    causal routing (capacity_realised). Means are None where nothing is routed.
     """
     rows = []
     for task, batch in batches.items():
         asked = predicted_tokens(batch, task)
         logits, topk = decisions(model, batch, task, "topk")
         _, causal = decisions(model, batch, task, "causal")
-        for layer, (target, realised) in enumerate(zip(topk, causal)):
-            if target is not None and asked.any():
-                kept = target[asked]
-                said = model.router(layer, task).over_threshold(logits[layer][asked], task)
-                both, share = (kept & said).sum(), kept.float().mean()
-                values = {"accuracy": (said == kept).float().mean(), "base_rate": torch.maximum(share, 1 - share),
-                          "precision": both / said.sum().clamp(min=1), "recall": both / kept.sum().clamp(min=1),
-                          "capacity_trained": share,
-                          "capacity_realised": realised[asked].float().mean()}
-                rows.append({"task": task, "layer": layer} | {k: round(v.item(), 4) for k, v in values.items()})
-    names = ("accuracy", "base_rate", "precision", "recall", "capacity_trained", "capacity_realised")
-    means = {name: round(sum(row[name] for row in rows) / len(rows), 4) if rows else None for name in names}
+        for layer, kept in enumerate(topk):
+            if kept is None or not asked.any():
+                continue
+            said = model.router(layer, task).over_threshold(logits[layer][asked], task)
+            agreement = agreement_of(said, kept[asked], causal[layer][asked])
+            rows.append({"task": task, "layer": layer} | agreement)
+    means = dict.fromkeys(FIGURES)
+    for name in FIGURES if rows else ():
+        means[name] = round(sum(row[name] for row in rows) / len(rows), 4)
     return means | {"by_layer": rows}
+
+
+FIGURES = ("accuracy", "base_rate", "precision", "recall", "capacity_trained", "capacity_realised")
+
+
+def agreement_of(said: Tensor, kept: Tensor, realised: Tensor) -> dict:
+    """FIGURES of said, kept, realised (N,) bool: by the predictor, by top-k, by causal routing."""
+    both, share = (kept & said).sum(), kept.float().mean()
+    values = ((said == kept).float().mean(), torch.maximum(share, 1 - share),
+              both / said.sum().clamp(min=1), both / kept.sum().clamp(min=1),
+              share, realised.float().mean())
+    return {name: round(value.item(), 4) for name, value in zip(FIGURES, values)}

@@ -24,7 +24,8 @@ import torch
 from ..atomic_files import json_text, plain, whole_file
 from ..config import PRESETS, ModelConfig
 from ..plan import Plan
-from ..transformer import WRAPPERS, UnifiedTransformer, unwrapped
+from ..inference import WRAPPERS, unwrapped
+from ..transformer import UnifiedTransformer
 
 # --------------------------------------------------------------------------------------------------------------
 # Two vocabularies
