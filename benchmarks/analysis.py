@@ -140,7 +140,7 @@ def synergy(world, tokenizer, data, both, args, device) -> list:
     for tasks in (TASKS, ("t2i",), ("mmu",)):
         dense = both
         if len(tasks) == 1:
-            toy.seed_everything(args.seed)
+            toy.torch.manual_seed(args.seed)
             dense = toy.dense_model(both.config, device)
             toy.train(dense, only(sampler(0), tasks), args.steps, 0.0, device, tasks[0], setting["weights"])
         for method in ("dense", "unimod"):

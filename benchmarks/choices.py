@@ -66,7 +66,7 @@ def begin(args, device):
         if file:
             Path(file).parent.mkdir(parents=True, exist_ok=True)
     setting = toy.SETTINGS[args.backbone]
-    toy.seed_everything(args.seed)
+    toy.torch.manual_seed(args.seed)
     world, tokenizer = toy.make_world(toy.parse(["--backbone", args.backbone]))
     data = lambda part, *sizes: toy.Sampler(world, tokenizer, 10 * args.seed + part, *sizes)
     if args.dense and Path(args.dense).exists():
@@ -104,7 +104,7 @@ def main() -> None:
           "scenes a task\nsaved: training FLOPs; ce: cross-entropy; t2i, mmu: accuracies; c.: causal routing, else top-k; "
           "agreement: of membership with top-k\n" + f"{args.field:<12}" + "".join(f"{name:>12}" for name in NAMES), flush=True)
     for choice in wanted:
-        toy.seed_everything(args.seed)                     # a choice does not depend on those before it
+        toy.torch.manual_seed(args.seed)                     # a choice does not depend on those before it
         own = (by_loss(dense, table, samples) if choice == "by loss" else
                measured(dense, samples, choice) if choice in MEASURES else table)
         plan, changes = variant(args.field, choice, own, dense.config, lengths, budget)

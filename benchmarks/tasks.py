@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="write the figures as JSON to this file")
     args, device = parser.parse_args(), toy.find_device()
-    toy.seed_everything(args.seed)
+    toy.torch.manual_seed(args.seed)
     world, tokenizer = toy.make_world(toy.parse([]))
     config, sampler = toy.toy_config("emu3", tokenizer), Sampler(world, tokenizer, args.seed)
     dense = toy.dense_model(config, device)

@@ -122,7 +122,7 @@ def test_a_toy_step_in_bf16(backbone):
     """Weights stay float32 and finite, the losses are those of float32 to 1 %, every weight but idle ones moves."""
     losses = {}
     for precision in ("float32", "bf16"):
-        toy.seed_everything(0)
+        toy.torch.manual_seed(0)
         world, tokenizer = toy.make_world(toy.parse(["--backbone", backbone]))
         batches = toy.Sampler(world, tokenizer, 0, 8, 8)()
         model = toy.dense_model(toy.toy_config(backbone, tokenizer), "cpu", precision)
@@ -138,7 +138,7 @@ def test_a_toy_step_in_bf16(backbone):
 @both
 def test_thresholds_hold_in_the_precision_that_they_serve_in(backbone):
     """Calibrated in bf16, causal routing keeps in bf16 as many tokens as top-k, to one in twenty."""
-    toy.seed_everything(0)
+    toy.torch.manual_seed(0)
     world, tokenizer = toy.make_world(toy.parse(["--backbone", backbone]))
     model = toy.dense_model(toy.toy_config(backbone, tokenizer), "cpu", "bf16")
     model = model.with_plan(Plan({task: (1, .5) + (.3,) * 6 for task in ("t2i", "mmu")}))
@@ -166,7 +166,7 @@ def test_a_cache_in_bf16_holds_what_one_forward_computes(backbone):
 @pytest.mark.parametrize("precision", ("float32", "bf16"))
 def test_python_draws_what_the_command_line_draws(tmp_path, monkeypatch, backbone, precision):
     """The same seed, the same picture and the same answer: the precision is the model's, not the caller's."""
-    toy.seed_everything(0)
+    toy.torch.manual_seed(0)
     world, tokenizer = toy.make_world(toy.parse(["--backbone", backbone]))
     model = toy.dense_model(toy.toy_config(backbone, tokenizer), "cpu", precision)
     drawing = {"temperature": 1.0, "guidance": 1.0, "steps": 4}

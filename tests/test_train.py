@@ -28,7 +28,7 @@ BACKBONES = ("showo", "emu3")
 
 def setup(backbone, seed=0, **changes):
     """A world, a tokenizer, a sampler and a small config for them."""
-    toy.seed_everything(seed)
+    toy.torch.manual_seed(seed)
     world, tokenizer = toy.make_world(toy.parse(["--backbone", backbone]))
     small = replace(toy.toy_config(backbone, tokenizer), n_layer=2, d_model=64, n_head=2, n_kv_head=2, d_ff=128, **changes)
     return world, tokenizer, toy.Sampler(world, tokenizer, seed, 16, 16), small
