@@ -267,7 +267,7 @@ def main(argv=None) -> dict:
     args = parse(argv)
     device = find_device(args.device)
     if args.graphs:
-        graphs.check(device)
+        graphs.check_device(device)
     seed_everything(0)
     torch._dynamo.config.recompile_limit = 64              # --compile: one graph for each model of this process
     config = make_config(args)

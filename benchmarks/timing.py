@@ -11,9 +11,8 @@ import numpy as np
 import torch
 
 from unimod_mini.train.cuda_graphs import Recorded
-from unimod_mini.objectives import training_rules
+from unimod_mini.objectives import Objective, forward_backward, training_rules
 from unimod_mini.device import find_precision
-from unimod_mini.objectives import forward_backward
 from unimod_mini.optim import update
 
 WARM, FEWEST, CHECK = 3, 12, 4     # steps before timing; pairs at least; pairs between two looks at the interval
@@ -60,7 +59,7 @@ class Step:
             self.model.compile(fullgraph=fullgraph, dynamic=False)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         self.model.precision = find_precision("auto", device)
-        passes = partial(forward_backward, self.model)
+        passes = partial(forward_backward, Objective(self.model))
         self.passes = Recorded(passes, self.model, device) if graphs else passes
         self.batches, self.device, self.number = batches, device, 0
         for number in range(WARM):
@@ -71,7 +70,7 @@ class Step:
         self.peak = None if graphs else allocated(device, peak=True) - before or None   # a recording's is not seen
 
     def __call__(self) -> None:
-        self.passes(self.batches, training_rules(self.number // 2, self.batches))   # changes with every other pair
+        self.passes(self.batches, None, training_rules(self.number // 2, self.batches))   # changes with every other pair
         update(self.model, [self.optimizer], 1.0)
         self.number += 1
 

@@ -11,7 +11,7 @@ import torch
 
 import train_full as full
 from unimod_mini.objectives import Objective
-from unimod_mini.train.trainer import Run
+from unimod_mini.train.trainer import Trainer
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["train_full", "launch"])
@@ -35,7 +35,7 @@ def changed(*changes, rank=0):
 
     term, int: this rank gets a SIGTERM, a Ctrl-C after the step; fail: an error; nan: the loss of that step is no number on this rank.
     """
-    advanced, sized, passed = Run.advance, full.model_config, Objective.forward
+    advanced, sized, passed = Trainer.train_step, full.model_config, Objective.forward
     numbers = full.SWITCH, full.SHOWN, full.CALIBRATION
     full.SWITCH, full.SHOWN, full.CALIBRATION = {"t2i": 6, "mmu": 6, "lm": 6}, 1, 4
     here, now = {what: steps for what, steps, on in (c for c in changes if c != "dropout") if on == rank}, [0]
@@ -54,13 +54,13 @@ def changed(*changes, rank=0):
         loss, shown = passed(objective, *given)
         return loss * (torch.nan if objective.training and now[0] in here.get("nan", ()) else 1.0), shown
 
-    Run.advance, Objective.forward = advance, forward
+    Trainer.train_step, Objective.forward = advance, forward
     if "dropout" in changes:
         full.model_config = lambda *given: replace(sized(*given), attention_dropout=0.2)
     try:
         yield
     finally:
-        Run.advance, full.model_config, Objective.forward = advanced, sized, passed
+        Trainer.train_step, full.model_config, Objective.forward = advanced, sized, passed
         full.SWITCH, full.SHOWN, full.CALIBRATION = numbers
 
 

@@ -192,7 +192,7 @@ def job(request, tmp_path_factory):
 def begin(root, out, *more):
     config = full.parse(["--data", str(root / "shards"), "--out", str(out), *TINY, *more])
     with changed():
-        return full.begin(full.make_job(config, Ranks(0, 1, 0), torch.device("cpu")))
+        return full.start(full.make_job(config, Ranks(0, 1, 0), torch.device("cpu")))
 
 
 @pytest.mark.parametrize("planned", (False, True))

@@ -155,13 +155,8 @@ def test_without_a_terminal_pictures_are_letters(capsys):
 
 # ---------------------------------------------------------------- help
 
-@pytest.mark.parametrize("made", (draw_and_ask.parser, prepare.parser, toy.parser, flops.parser), ids=lambda made: made.__module__)
+@pytest.mark.parametrize("made", (draw_and_ask.parser, prepare.parser, toy.parser, flops.parser, full.parser), ids=lambda made: made.__module__)
 def test_every_flag_has_a_help_text(made):
-    """argparse's own commands; what train_full.py says of a setting is the comment behind it."""
+    """Of every command."""
     assert all(action.help and len(action.help) > 5 for action in made()._actions)
 
-
-def test_every_setting_has_a_help_text():
-    """train_full.py --help: a line for every setting, each with a text."""
-    lines = full.help_of(full.Config).splitlines()
-    assert len(lines) == len(full.Config.__dataclass_fields__) and all(re.search("# ...", line) for line in lines)

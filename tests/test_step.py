@@ -287,8 +287,8 @@ def test_both_of_a_pair_train_by_the_same_rule_and_are_freed(monkeypatch):
     """The rule changes with every other step; a step that is deleted leaves no model behind, gc or not."""
     config = step.make_config(step.parse(["--quick", "--backbone", "emu3"]))
     batches, seen, original = {"t2i": step.make_batch(config, "t2i", 1, 16, "cpu")}, [], timing.forward_backward
-    monkeypatch.setattr(timing, "forward_backward", lambda model, batches, rules: seen.append(rules["t2i"]) or original(
-        model, batches, rules))
+    monkeypatch.setattr(timing, "forward_backward", lambda objective, batches, shares, rules: (
+        seen.append(rules["t2i"]) or original(objective, batches, shares, rules)))
     one = timing.Step(lambda: UnifiedTransformer(config), batches, torch.device("cpu"))
     one(), one()
     assert seen == ["topk", "topk", "predicted", "predicted", "topk"]

@@ -35,7 +35,7 @@ from ..data.shards import HEADER
 from ..plan import Plan
 from ..transformer import UnifiedTransformer
 from ..weights.pretrained import load_pretrained, pretrained_config
-from .distributed import Ranks, from_first, local, wait_for_all
+from .distributed import Ranks, from_first_rank, local_part, wait_for_all
 
 FACTS = "run.json"
 
@@ -72,7 +72,7 @@ def make_state(optimizer) -> None:
         group["lr"] = rate
     for state in optimizer.state.values():
         for value in state.values():
-            local(value).zero_()
+            local_part(value).zero_()
 
 
 def collectively(do, tensors: dict, path: Path, alone: bool = False) -> None:
@@ -101,7 +101,7 @@ def random_state() -> dict:
 def save(folder: Path, step: int, tensors: dict, facts: dict, ranks: Ranks) -> Path:
     """Write one checkpoint and return its path; all ranks call it. One that is there already is left as it is."""
     path, part = folder / f"step-{step:08d}", folder / f"step-{step:08d}.tmp"
-    if from_first(lambda: broken(path) is None):           # one rank looks: a shared disk may show others an older one
+    if from_first_rank(lambda: broken(path) is None):           # one rank looks: a shared disk may show others an older one
         return path
     if ranks.first:
         shutil.rmtree(part, ignore_errors=True)
