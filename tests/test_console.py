@@ -1,7 +1,6 @@
 """console.py: commands that end in one line, whatever stands in place of the terminal."""
 import os
 import pty
-import re
 import signal
 import subprocess
 import sys

@@ -1,14 +1,15 @@
-"""Checkpoints of a run that may die at any moment, by torch.distributed.checkpoint: each rank writes what it holds.
+"""Checkpoints of a run that may die at any moment, by torch.distributed.checkpoint.
 
-    FOLDER/step-00000500/run.json                 facts, and the size of every other file; written last
-    FOLDER/step-00000500/.metadata, *.distcp      weights, optimiser, EMA, counters by name, whoever holds them
-    FOLDER/step-00000500/rng-0.pt ..              random state of every rank
+    FOLDER/step-00000500/run.json                facts, and the size of every other file
+    FOLDER/step-00000500/.metadata, *.distcp     weights, optimizer, average, counters by name
+    FOLDER/step-00000500/rng-0.pt ..             random state of every rank
 
-A checkpoint is written as FOLDER/step-00000500.tmp and renamed when it is complete, so a killed run leaves the one
-before. A folder without run.json, with a file of another size than it says, or with a random state that cannot be read,
-was cut short (a full disk, a power cut, a broken copy): it is passed over with a warning. Tensors are named after the
-model's parameters, so another number of ranks, or DDP instead of FSDP, reads them as well. All ranks must see FOLDER:
-on several machines it lies on a shared disk.
+Each rank writes what it holds. A checkpoint is written as FOLDER/step-00000500.tmp, run.json last,
+and renamed when it is complete, so a killed run leaves the one before. A folder without run.json,
+with a file of another size than it says, or with a random state that cannot be read, was cut short
+(a full disk, a power cut, a broken copy): it is passed over with a warning. Tensors are named after
+the model's parameters, so another number of ranks, or DDP instead of FSDP, reads them as well. All
+ranks must see FOLDER: on several machines it lies on a shared disk.
 """
 
 import json
@@ -40,14 +41,13 @@ from .distributed import Ranks, from_first_rank, local_part, wait_for_all
 FACTS = "run.json"
 
 
-# --------------------------------------------------------------------------------------------------------------
-# What a run consists of, by name
-# --------------------------------------------------------------------------------------------------------------
+# --- What a run consists of, by name ---
 
 def named_tensors(model: nn.Module, optimizers: list, **others) -> dict:
-    """{name: tensor} of everything that training moves; others: {name: tensor} each, such as an EMA.
+    """{name: tensor} of all that training moves; others: {name: tensor} each, such as an EMA.
 
-    The state of an optimiser that has not stepped yet is made first, so that the names are always the same.
+    The state of an optimizer that has not stepped yet is made first, so that the names are always
+    the same.
     """
     out = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -55,17 +55,20 @@ def named_tensors(model: nn.Module, optimizers: list, **others) -> dict:
         if not optimizer.state:
             make_state(optimizer)
         for parameter, state in optimizer.state.items():
-            out |= {f"optimizer.{names[parameter]}.{key}": value for key, value in state.items()}
-    return out | {f"{kind}.{name}": tensor for kind, tensors in others.items() for name, tensor in tensors.items()}
+            for key, value in state.items():
+                out[f"optimizer.{names[parameter]}.{key}"] = value
+    for kind, tensors in others.items():
+        out |= {f"{kind}.{name}": tensor for name, tensor in tensors.items()}
+    return out
 
 
 def make_state(optimizer) -> None:
-    """Lets an optimiser make its state: a step of rate 0 with gradients of 0 changes no weight, the state is zeroed."""
+    """Lets an optimizer make its state: a step of rate 0 with gradients of 0; then it is zeroed."""
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] = 0.0
         for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+            parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     for group, rate in zip(optimizer.param_groups, rates):
@@ -76,9 +79,10 @@ def make_state(optimizer) -> None:
 
 
 def collectively(do, tensors: dict, path: Path, alone: bool = False) -> None:
-    """dcp.save or dcp.load, by all ranks or by the one process that there is (of which dcp would warn).
+    """dcp.save or dcp.load, by all ranks, or by the one process that there is.
 
-    OSError when it fails, with what the disk said or dcp's last line: its own lists every rank's traceback.
+    OSError when it fails, with what the disk said or dcp's last line: its own text lists the
+    traceback of every rank.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
@@ -86,22 +90,23 @@ def collectively(do, tensors: dict, path: Path, alone: bool = False) -> None:
             do(tensors, checkpoint_id=path, no_dist=alone or not dist.is_initialized())
         except CheckpointException as error:
             troubles = [disk_trouble(failure) for failure, _ in error.failures.values()]
-            last_line = str(error).strip().splitlines()[-1]
-            raise OSError(f"{path}: {next(filter(None, troubles), last_line)}") from error
+            why = next(filter(None, troubles), str(error).strip().splitlines()[-1])
+            raise OSError(f"{path}: {why}") from error
 
 
 def random_state() -> dict:
-    return {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Writing
-# --------------------------------------------------------------------------------------------------------------
+# --- Writing ---
 
 def save(folder: Path, step: int, tensors: dict, facts: dict, ranks: Ranks) -> Path:
-    """Write one checkpoint and return its path; all ranks call it. One that is there already is left as it is."""
+    """Write one checkpoint, return its path; all ranks call it. A whole one of this step stays."""
     path, part = folder / f"step-{step:08d}", folder / f"step-{step:08d}.tmp"
-    if from_first_rank(lambda: broken(path) is None):           # one rank looks: a shared disk may show others an older one
+    if from_first_rank(lambda: broken(path) is None):      # one looks: a shared disk may lag behind
         return path
     if ranks.first:
         shutil.rmtree(part, ignore_errors=True)
@@ -124,26 +129,27 @@ def save(folder: Path, step: int, tensors: dict, facts: dict, ranks: Ranks) -> P
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Delete all checkpoints but the last `keep` and the one with the lowest held-out loss ("held" of its facts)."""
+    """Delete all checkpoints but the last `keep` and the one with the lowest held-out loss."""
     paths = [path for path in sorted(folder.glob("step-????????")) if broken(path) is None]
-    scores = {path: facts(path)["held"] for path in paths}
-    judged = [path for path in paths if scores[path] is not None and isfinite(scores[path])]
-    best = min(judged, key=scores.get, default=None)
+    losses = {}
+    for path in paths:
+        loss = facts(path)["held"]
+        if loss is not None and isfinite(loss):
+            losses[path] = loss
+    best = min(losses, key=losses.get, default=None)
     for path in paths[:-keep]:
         if path != best:
             discard(path)
 
 
 def discard(path: Path) -> None:
-    """Delete a checkpoint; it loses its name first, so that a kill leaves no half of it under that name."""
+    """Delete a checkpoint; it loses its name first, so that a kill leaves no half of it."""
     if path.exists():
         os.replace(path, path.with_suffix(".tmp"))
         shutil.rmtree(path.with_suffix(".tmp"))
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Reading
-# --------------------------------------------------------------------------------------------------------------
+# --- Reading ---
 
 def facts(path: Path) -> dict:
     """What `save` was told, with the step."""
@@ -157,37 +163,42 @@ def broken(path: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"no readable {FACTS} ({type(error).__name__})"
     for name, size in sizes.items():
-        have = (path / name).stat().st_size if (path / name).is_file() else None
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        have = (path / name).stat().st_size
         if have != size:
-            return f"{name} has {have} bytes instead of {size}" if have is not None else f"{name} is missing"
-    for file in path.glob("rng-*.pt"):                     # a power cut may leave zeros of the right number
+            return f"{name} has {have} bytes instead of {size}"
+    for file in path.glob("rng-*.pt"):                     # a power cut may leave zeros
         try:
             torch.load(file, weights_only=True)
-        except Exception as error:                         # torch's own text advises to load it unsafely
+        except Exception as error:                         # torch advises to load it unsafely
             return f"{file.name} cannot be read ({type(error).__name__})"
     return None
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest whole checkpoint, None when there is none; on the way past one that was cut short it warns.
+    """The newest whole checkpoint, None when there is none; it warns of those that were cut short.
 
-    What a kill left half-written or half-deleted is deleted: one process alone calls this. ValueError when there are
-    checkpoints and none is whole, as no kill leaves them.
+    What a kill left half-written or half-deleted is deleted: one process alone calls this.
+    ValueError when there are checkpoints and none is whole, as no kill leaves them.
     """
     for part in folder.glob("step-????????.tmp"):
         shutil.rmtree(part)
     paths = sorted(folder.glob("step-????????"), reverse=True)
     for path in paths:
-        if (wrong := broken(path)) is None:
+        wrong = broken(path)
+        if wrong is None:
             return path
-        print(f"warning: {path} was cut short: {wrong}; going back to the checkpoint before it", file=sys.stderr)
+        print(f"warning: {path} was cut short: {wrong}; going back to the checkpoint before it",
+              file=sys.stderr)
     if paths:
-        raise ValueError(f"no checkpoint in {folder} is whole: bring one back, or delete them all to begin anew")
+        raise ValueError(f"no checkpoint in {folder} is whole: bring one back, or delete them all "
+                         "to begin anew")
     return None
 
 
 def identity(folder: Path) -> str:
-    """What makes a folder of shards this one: their headers, which hold the checksums of their data."""
+    """What makes a folder of shards this one: their headers, which hold hashes of their data."""
     digest = sha256()
     for path in sorted(folder.glob("*.shard")):
         with open(path, "rb") as file:
@@ -196,34 +207,37 @@ def identity(folder: Path) -> str:
 
 
 def refuse_another(path: Path, then: dict, now: dict, free: set) -> dict:
-    """ValueError when the facts `then` of a checkpoint are of other data, or of settings outside `free`, than `now`.
-    Returns what else has changed, {setting: in words}."""
+    """ValueError when a checkpoint's facts `then` are of other data or settings than `now`.
+
+    free: the settings that may differ. Returns how those do, {setting: in words}.
+    """
     for name in ("shards", "tokenizer"):
         if then[name] != now[name]:
-            raise ValueError(f"{path} was trained on other {name} than --data has: give the --data of that run, or "
-                             "choose another --out")
-    before = then["config"]
-    told = {name: f"{flag(name)} {before.get(name)}, now {value}" for name, value in now["config"].items()
-            if value != before.get(name)}
-    if wrong := [text for name, text in told.items() if name not in free]:
-        raise ValueError(f"{path} belongs to a run with other settings: {'; '.join(wrong)}. Give the same, or choose "
-                         f"another --out (and --init {path}, to begin with its weights)")
-    return told
+            raise ValueError(f"{path} was trained on other {name} than --data has: give the --data "
+                             "of that run, or choose another --out")
+    before, changed = then["config"], {}
+    for name, value in now["config"].items():
+        if value != before.get(name):
+            changed[name] = f"{flag(name)} {before.get(name)}, now {value}"
+    wrong = [text for name, text in changed.items() if name not in free]
+    if wrong:
+        raise ValueError(f"{path} belongs to a run with other settings: {'; '.join(wrong)}. Give "
+                         f"the same, or choose another --out (and --init {path}, to begin with its "
+                         "weights)")
+    return changed
 
 
 def read(path: Path, tensors: dict, alone: bool = False) -> None:
-    """Fill `tensors` in place: all ranks together, or `alone`. ValueError names a checkpoint that lacks some."""
+    """Fill `tensors` in place: all ranks together, or `alone`. ValueError when it lacks some."""
     try:
         collectively(dcp.load, tensors, path, alone)
     except Exception as error:
-        raise ValueError(f"{path} does not fit this run: {str(error).strip().splitlines()[-1]}") from error
+        why = str(error).strip().splitlines()[-1]
+        raise ValueError(f"{path} does not fit this run: {why}") from error
 
 
 def load(path: Path, tensors: dict, ranks: Ranks) -> None:
-    """Fill `tensors` (of named_tensors) in place, and this rank's random state if that many ranks wrote one.
-
-    ValueError names the checkpoint when it does not hold them.
-    """
+    """Fill `tensors` (of named_tensors) in place, and this rank's random state, if it has one."""
     read(path, tensors)
     if (path / f"rng-{ranks.rank}.pt").is_file():
         state = torch.load(path / f"rng-{ranks.rank}.pt", weights_only=True)
@@ -232,9 +246,7 @@ def load(path: Path, tensors: dict, ranks: Ranks) -> None:
             torch.cuda.set_rng_state(state["cuda"])
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Weights to begin with
-# --------------------------------------------------------------------------------------------------------------
+# --- Weights to begin with ---
 
 def is_pretrained(path) -> bool:
     """Is this a folder of Hugging Face?"""
@@ -242,9 +254,11 @@ def is_pretrained(path) -> bool:
 
 
 def model_file(path) -> Path | None:
-    """The file with a finished model: path itself, or the one that a run left in this folder; None: a checkpoint."""
+    """The file with a finished model: path itself, or the one in a run's folder; else None."""
     path = Path(path)
-    return path / "model.pt" if (path / "model.pt").is_file() else None if path.is_dir() else path
+    if (path / "model.pt").is_file():
+        return path / "model.pt"
+    return None if path.is_dir() else path
 
 
 def sizes_of(path: str) -> ModelConfig:
@@ -260,16 +274,14 @@ def stored_sizes(path: Path) -> ModelConfig:
     """The sizes of a checkpoint's model. ValueError when it is not whole."""
     if wrong := broken(path):
         raise ValueError(f"{path} is no whole checkpoint: {wrong}")
-    if (sizes := facts(path).get("model")) is None:
-        raise ValueError(f"{path} was written by an older train_full.py, which did not store sizes: begin anew")
-    return ModelConfig(**sizes)
+    return ModelConfig(**facts(path)["model"])
 
 
 def begin_with(path: str, sizes: ModelConfig, plan: Plan | None) -> UnifiedTransformer:
-    """Weights of another run, or of Hugging Face, under this plan (None: dense), with fresh routers.
+    """Weights of another run, or of Hugging Face, under this plan (None: dense), fresh routers.
 
-    path: model.pt, or a run's folder that has one; checkpoint.pt of train_toy.py; a checkpoint (step-00000500); a
-    folder of Hugging Face. ValueError when their model is not one of these sizes.
+    path: model.pt, or a run's folder that has one; checkpoint.pt of train_toy.py; a checkpoint
+    (step-00000500); a folder of Hugging Face. ValueError when the model is not of these sizes.
     """
     if is_pretrained(path):
         model = load_pretrained(path)
@@ -277,16 +289,23 @@ def begin_with(path: str, sizes: ModelConfig, plan: Plan | None) -> UnifiedTrans
         model, _ = load_checkpoint(file)
     else:
         model = UnifiedTransformer(stored_sizes(Path(path)), Plan(**facts(Path(path))["plan"]))
-        read(Path(path), {f"model.{name}": tensor for name, tensor in model.state_dict().items()}, alone=True)
-    here, there = asdict(sizes), asdict(as_data(model.config, sizes.max_length, sizes.image_start))
-    if other := [f"{name} {there[name]} instead of {value}" for name, value in here.items() if there[name] != value]:
-        raise ValueError(f"{path} is another model than the preset and the data make: {', '.join(other)}. Without "
-                         "--preset its own sizes are taken")
-    return model.float().with_plan(plan, max_length=sizes.max_length, image_start=sizes.image_start)
+        weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+        read(Path(path), weights, alone=True)
+    theirs = asdict(as_data(model.config, sizes.max_length, sizes.image_start))
+    other = [f"{name} {theirs[name]} instead of {value}" for name, value in asdict(sizes).items()
+             if theirs[name] != value]
+    if other:
+        raise ValueError(f"{path} is another model than the preset and the data make: "
+                         f"{', '.join(other)}. Without --preset its own sizes are taken")
+    fitted = {"max_length": sizes.max_length, "image_start": sizes.image_start}
+    return model.float().with_plan(plan, **fitted)
 
 
 def as_data(config: ModelConfig, max_length: int, image_start: int) -> ModelConfig:
-    """These sizes with the data's longest sequence, on which no weight depends, and its first image code where they
-    know of none (a plain Phi or Llama)."""
+    """These sizes with the data's longest sequence, on which no weight depends.
+
+    And with its first image code, where they know of none (a plain Phi or Llama).
+    """
     known = config.image_start < config.vocab_size
-    return replace(config, max_length=max_length, image_start=config.image_start if known else image_start)
+    return replace(config, max_length=max_length,
+                   image_start=config.image_start if known else image_start)
