@@ -436,7 +436,7 @@ def draw(model: UnifiedTransformer, job: Job, step: int) -> None:
         n = min(SHOWN, job.shards.count(task, split))
         shown[task] = [job.shards.sample(task, index, split) for index in range(n)]
     path = job.out / "samples" / f"step-{step:08d}.png"
-    job.say(draw_and_answer(model, job.shards.tokenizer, shown["t2i"], shown["mmu"], DRAWING, path))
+    job.say(draw_and_answer(model, job.shards, shown["t2i"], shown["mmu"], DRAWING, path))
 
 
 # --- The run ---

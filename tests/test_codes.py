@@ -55,8 +55,13 @@ def run(*arguments):
 def samples_of(folder, task):
     """{question: (answer, codes)} of both splits."""
     shards = Shards(folder)
-    rows = [shards.sample(task, i, split) for split in ("train", "held") for i in range(shards.count(task, split))]
-    return {row.question: (row.answer, row.codes.tolist()) for row in rows}
+    found = {}
+    for split in ("train", "held"):
+        for i in range(shards.count(task, split)):
+            sample = shards.sample(task, i, split)
+            question, answer = shards.texts(sample)
+            found[question] = answer, sample.codes.tolist()
+    return found
 
 
 # ---------------------------------------------------------------- the codec

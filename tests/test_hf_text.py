@@ -179,7 +179,7 @@ def test_a_text_is_counted_as_it_is_laid_out():
 def test_texts_that_do_not_come_back(monkeypatch):
     """A record keeps ids and the loader reads texts: one whose ids do not give it back is refused, not changed."""
     tokens = tokenizer("showo")
-    assert text_ids(tokens, "mmu", "fox", "a") == (ids("fox"), ids("a"))
+    assert text_ids(tokens, "mmu", "fox", "a") == (tuple(ids("fox")), tuple(ids("a")))
     encode = tokens.text.tokenizer.encode
     monkeypatch.setattr(tokens.text.tokenizer, "encode", lambda text, **more: [
         i for part in text.replace(END, "\0").split("\0") for i in (50256, *encode(part, **more))][1:])
@@ -196,7 +196,7 @@ def test_case_blanks_and_forms_of_unicode_may_change(monkeypatch, question, back
     tokens = tokenizer("showo")
     monkeypatch.setattr(tokens.text, "decode", lambda ids: back)
     monkeypatch.setattr(tokens.text, "encode", lambda text: [1, 2])
-    assert text_ids(tokens, "t2i", question, back) == ([1, 2], [1, 2])
+    assert text_ids(tokens, "t2i", question, back) == ((1, 2), (1, 2))
 
 
 def test_what_is_no_unicode():
@@ -281,8 +281,13 @@ def test_it_is_stored_in_a_data_set(trained, tmp_path, monkeypatch, backbone):
         assert tokens.text.decode(text.encode(string)) == text.decode(text.encode(string))
     rows = [shards.sample("mmu", i) for i in range(shards.count("mmu"))]
     wanted = [text.chat("Please describe this image.", x) for x in texts[:2]]
-    assert [(row.question, row.answer) for row in rows] == wanted
-    assert [shards.sample("t2i", i).question for i in range(shards.count("t2i"))] == texts[:2]
+    assert [shards.texts(row) for row in rows] == wanted
+    for row, (question, answer) in zip(rows, wanted):      # what training sees is the text's own layout
+        one = tokens.mmu([row.question], [row.answer], row.codes[None])
+        two = own.mmu([question], [answer], row.codes[None])
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip(one, two))
+    drawn = [shards.sample("t2i", i) for i in range(shards.count("t2i"))]
+    assert [shards.texts(row)[0] for row in drawn] == texts[:2]
     assert (tmp_path / "out" / "skipped.txt").read_text().count("give back") == 2
     run(*given, "--text", tmp_path / "hf" / ".." / "hf")                    # the same folder: finished
     monkeypatch.setitem(sys.modules, "transformers", None)

@@ -74,8 +74,19 @@ def web_files(numbers):
 def pictures_of(folder, task="t2i"):
     """{(question, answer, picture as the codec draws it)} of both splits."""
     shards = Shards(folder)
-    samples = [shards.sample(task, i, split) for split in ("train", "held") for i in range(shards.count(task, split))]
-    return {(s.question, s.answer, shards.tokenizer.image.decode(s.codes[None])[0].numpy().tobytes()) for s in samples}
+    found = set()
+    for split in ("train", "held"):
+        for i in range(shards.count(task, split)):
+            sample = shards.sample(task, i, split)
+            picture = shards.tokenizer.image.decode(sample.codes[None])[0]
+            found.add((*shards.texts(sample), picture.numpy().tobytes()))
+    return found
+
+
+def texts_of(shards, task, split="train"):
+    """[(question, answer)] of all samples."""
+    samples = [shards.sample(task, i, split) for i in range(shards.count(task, split))]
+    return [shards.texts(sample) for sample in samples]
 
 
 def is_held(i):
@@ -181,7 +192,8 @@ def test_a_folder_becomes_shards(tmp_path, capsys):
         for index, i in enumerate(those):
             image = read_image(tmp_path / "photos" / f"{i}.png", 8)
             drawn, seen = (shards.sample(task, index, split) for task in ("t2i", "mmu"))
-            assert drawn[:2] == (CAPTIONS[i], "") and seen[:2] == (DESCRIBE, CAPTIONS[i])
+            assert shards.texts(drawn) == (CAPTIONS[i], "")
+            assert shards.texts(seen) == (DESCRIBE, CAPTIONS[i])
             assert torch.equal(drawn.codes, shards.tokenizer.image.encode(image[None])[0])
             assert torch.equal(drawn.codes, seen.codes)
     assert out.count("come back with a mean error of") == 2 and " codes used, perplexity " in out
@@ -191,8 +203,7 @@ def test_a_folder_becomes_shards(tmp_path, capsys):
     for task in ("t2i", "mmu"):
         rows = [row for row in held if row["task"] == task]
         assert [row["key"] for row in rows] == [f"{i}.png" for i in sides["held"]]
-        assert [(row["question"], row["answer"]) for row in rows] == [
-            shards.sample(task, i, "held")[:2] for i in range(len(rows))]
+        assert [(row["question"], row["answer"]) for row in rows] == texts_of(shards, task, "held")
     sheet = Image.open(tmp_path / "out" / "reconstruction.png")
     assert sheet.width == 4 * (8 * 16 + 16) and sheet.height > 3 * 2 * 8 * 16
 
@@ -228,7 +239,8 @@ def test_questions_and_captions_in_one_data_set(tmp_path):
         found = Counter()
         for split in ("train", "held"):
             for i in range(shards.count("mmu", split)):
-                question, answer, codes = shards.sample("mmu", i, split)
+                codes = shards.sample("mmu", i, split).codes
+                question, answer = shards.texts(shards.sample("mmu", i, split))
                 if question != DESCRIBE:
                     number = 3 if question != "Why?" else 4
                     assert torch.equal(codes, shards.tokenizer.image.encode(
@@ -529,7 +541,7 @@ def test_a_repeated_picture_is_stored_once_and_on_one_side(tmp_path):
                 file.write(json.dumps({"file_name": f"copy-{i}.bmp", "text": text}) + "\n")
     run(photos, tmp_path / "out", *TINY, "--held", 0.4)
     shards = Shards(tmp_path / "out")
-    found = {split: Counter(shards.sample("t2i", i, split).question for i in range(shards.count("t2i", split)))
+    found = {split: Counter(question for question, _ in texts_of(shards, "t2i", split))
              for split in ("train", "held")}
     for i, text in enumerate(CAPTIONS):
         side, other = ("held", "train") if is_held(i) else ("train", "held")
@@ -984,9 +996,8 @@ def test_emoji_end_to_end(tmp_path, monkeypatch):
                                              "style x concept in a scene"} == set(shards.about["held_by_kind"])
     for task in ("t2i", "mmu"):
         rows = [row for row in held if row["task"] == task]
-        assert [(row["question"], row["answer"]) for row in rows] == [
-            shards.sample(task, i, "held")[:2] for i in range(shards.count(task, "held"))]
-    train = {shards.sample("t2i", i).question for i in range(shards.count("t2i"))}
+        assert [(row["question"], row["answer"]) for row in rows] == texts_of(shards, task, "held")
+    train = {question for question, _ in texts_of(shards, "t2i")}
     kept_apart = {row["question"] for row in held if row["task"] == "t2i"}
     assert train and kept_apart and not train & kept_apart
     assert (tmp_path / "out" / "skipped.txt").read_text() == "" and CREDITS["names"] in notice

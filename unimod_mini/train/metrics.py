@@ -160,20 +160,23 @@ def row_text(row: dict, steps: int) -> str:
     return "  ".join(parts)
 
 
-def draw_and_answer(model, tokenizer, drawn: list, asked: list, drawing: dict, path: Path) -> str:
+def draw_and_answer(model, shards, drawn: list, asked: list, drawing: dict, path: Path) -> str:
     """Draws the captions of the samples `drawn`, answers the questions of `asked`: a PNG, a .txt.
 
     Returns the text. Where pictures are codes: an .npy of them, (n, h, w).
     """
-    sheet, texts = [], [sample.question for sample in drawn]
+    tokenizer, sheet = shards.tokenizer, []
+    texts = [shards.texts(sample)[0] for sample in drawn]
     if drawn:
-        sheet.append(generate_image(model, tokenizer, texts, **drawing))
+        captions = [sample.question for sample in drawn]
+        sheet.append(generate_image(model, tokenizer, captions, **drawing))
     if asked:
         codes = torch.stack([sample.codes for sample in asked])
         sheet.append(tokenizer.image.decode(codes))
         answers = generate_text(model, tokenizer, codes, [sample.question for sample in asked])
         for sample, answer in zip(asked, answers):
-            texts.append(f"{sample.question} {answer} (right: {sample.answer})")
+            question, right = shards.texts(sample)
+            texts.append(f"{question} {answer} (right: {right})")
     if not texts:
         return "no captions and no questions: nothing to show"
     images, text = torch.cat(sheet), "\n".join(texts)
