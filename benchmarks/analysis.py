@@ -1,20 +1,20 @@
-"""The observations that UniMoD rests on, measured on a dense model of the toy world, and the synergy of its tasks.
+"""The observations that UniMoD rests on, measured on a dense model of the toy world, and the
+synergy of its tasks.
 
-    python benchmarks/analysis.py observations [--backbone emu3] [--steps 1000] [--dense FILE] [--out FILE]
-    python benchmarks/analysis.py synergy [--backbone emu3] [--steps 1000] [--out FILE]
+    python benchmarks/analysis.py observations [--backbone emu3] [--steps 1000] [--dense FILE]
+    [--out FILE] python benchmarks/analysis.py synergy [--backbone emu3] [--steps 1000] [--out FILE]
     python benchmarks/analysis.py plans [--backbone emu3] [--steps 1000] [--dense FILE] [--out FILE]
 
-observations, by layer: ARank over length; attention that text and image tokens receive; what is lost without the layer,
-in cross-entropy and accuracy; whose tokens win when both tasks compete for one router, with equal weights of the tasks'
-losses, and with those of train_toy.py.
-synergy: a model of each task alone and one of both, on the same samples of a task in every step; then half as many
-steps more of each, dense and with UniMoD's plan (of the model of both). Held out: a colour-shape pair that training
-never shows.
-plans: how far a plan of train_toy.py's budget depends on the samples that ARank is measured on, and on what counts as
-rank.
+observations, by layer: ARank over length; attention that text and image tokens receive; what is
+lost without the layer, in cross-entropy and accuracy; whose tokens win when both tasks compete for
+one router, with equal weights of the tasks' losses, and with those of train_toy.py. synergy: a
+model of each task alone and one of both, on the same samples of a task in every step; then half as
+many steps more of each, dense and with UniMoD's plan (of the model of both). Held out: a
+colour-shape pair that training never shows. plans: how far a plan of train_toy.py's budget depends
+on the samples that ARank is measured on, and on what counts as rank.
 
---dense keeps the dense model in this file and takes it, and its steps, from there the next time. --out: a file of JSON,
-and of observations a drawing beside it.
+--dense keeps the dense model in this file and takes it, and its steps, from there the next time.
+--out: a file of JSON, and of observations a drawing beside it.
 """
 
 import sys
@@ -36,12 +36,15 @@ from unimod_mini.objectives import cross_entropy  # noqa: E402
 TASKS = ("t2i", "mmu")
 SAMPLES = 256                # of each task, for what is measured
 ROUTER_STEPS, COMPETING = 150, 24    # of the competition, on so many samples of each task
-DRAWS, COUNTS = 8, (1, 5, 20, 50, 256)    # of plans: so many plans, each from other samples, for each number of samples
+# of plans: so many plans, each from other samples, for each number of samples
+DRAWS, COUNTS = 8, (1, 5, 20, 50, 256)
 
 
 @toy.torch.no_grad()
 def score(model, world, tokenizer, data, args, held_out=(False,), tasks=TASKS) -> dict:
-    """{"ce t2i": cross-entropy on fresh data, "t2i": accuracy, "held t2i": on held-out pairs, ..}, causal routing."""
+    """{"ce t2i": cross-entropy on fresh data, "t2i": accuracy, "held t2i": on held-out pairs,
+    ..}, causal routing.
+    """
     model.eval()
     out, fresh = {}, data(3, SAMPLES, SAMPLES)()
     for task in tasks:
@@ -59,9 +62,7 @@ def score(model, world, tokenizer, data, args, held_out=(False,), tasks=TASKS) -
     return out
 
 
-# --------------------------------------------------------------------------------------------------------------
 # What a dense model shows
-# --------------------------------------------------------------------------------------------------------------
 
 def observations(world, tokenizer, data, dense, args, device) -> dict:
     """{column: a number for each layer, or None}; under "whole" what the whole model scores."""
@@ -103,7 +104,9 @@ def rank_correlation(a: list, b: list) -> float:
 
 
 def draw(found: dict) -> str:
-    """The table as SVG: ARank, attention, accuracy lost, tokens won, each by layer; t2i and mmu in two colours."""
+    """The table as SVG: ARank, attention, accuracy lost, tokens won, each by layer; t2i and mmu
+    in two colours.
+    """
     depth = len(found["rank t2i"])
     panels = (("ARank over length", "rank {}"), ("attention received: image, text (dashed)", "image {}", "text {}"),
               ("accuracy lost without the layer", "lost {}"),
@@ -122,9 +125,7 @@ def draw(found: dict) -> str:
     return svg(LEFT + 2 * WIDE + GAP + 30, TOP + 2 * HIGH + GAP + 80, "\n".join([*out, legend]))
 
 
-# --------------------------------------------------------------------------------------------------------------
 # What tasks gain from each other
-# --------------------------------------------------------------------------------------------------------------
 
 def only(sampler, tasks):
     """The same samples, those of `tasks` alone."""
@@ -159,12 +160,12 @@ def show_row(row: dict) -> str:
     return f"{row['model']:<20}" + "".join(f"{name:>10}{value:>7.3f}" for name, value in row.items() if name != "model")
 
 
-# --------------------------------------------------------------------------------------------------------------
 # How far a plan can be trusted
-# --------------------------------------------------------------------------------------------------------------
 
 def plans(world, tokenizer, data, dense, args, device) -> dict:
-    """{"samples": a row for each number of samples, "measures": {measure: keep ratios, {task: row}}}."""
+    """{"samples": a row for each number of samples, "measures": {measure: keep ratios, {task:
+    row}}}.
+    """
     budget, lengths = toy.SETTINGS[args.backbone]["budget"], {task: tokenizer.length(task) for task in TASKS}
 
     def switch(counts: tuple, part: int, measure: str = MEASURES[0]) -> tuple[dict, dict]:
@@ -177,7 +178,7 @@ def plans(world, tokenizer, data, dense, args, device) -> dict:
     for count in tqdm(COUNTS, desc="samples", unit="count"):
         drawn = [switch((count, count), 10 + part) for part in range(DRAWS)]
         ranks, keeps = (toy.torch.tensor([[table[task] for task in TASKS] for table in tables]) for tables in zip(*drawn))
-        usual = (keeps < 1).float().mean(0).round()                          # (tasks, layers): is the layer switched?
+        usual = (keeps < 1).float().mean(0).round()  # (tasks, layers): is the layer switched?
         rows.append({"samples": count, "arank": (ranks.std(0) / ranks.mean(0)).mean().item(),
                      "keep": keeps.std(0).mean().item(), "kind": ((keeps < 1) != usual).float().mean().item()})
         print(f"{count} samples of each task: ARank varies by {rows[-1]['arank']:.1%}, keep ratios by {rows[-1]['keep']:.3f} "

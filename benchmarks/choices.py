@@ -1,23 +1,25 @@
-"""Which method, which gate, who decides membership? One dense model goes on with each choice, on the same data.
+"""Which method, which gate, who decides membership? One dense model goes on with each choice, on
+the same data.
 
-    python benchmarks/choices.py method [--backbone emu3] [--steps 1000] [--more 500] [--scenes 504] [--dense FILE]
-    python benchmarks/choices.py measure [.. the same]
-    python benchmarks/choices.py gate
-    python benchmarks/choices.py membership
-    python benchmarks/choices.py rule
+    python benchmarks/choices.py method [--backbone emu3] [--steps 1000] [--more 500] [--scenes 504]
+    [--dense FILE] python benchmarks/choices.py measure [.. the same] python benchmarks/choices.py
+    gate python benchmarks/choices.py membership python benchmarks/choices.py rule
 
-method: UniMoD; the same keep ratios for the layers in the order of what the loss gains from each, instead of ARank's
-order (by loss); UniMoD with a plan whose every row meets the budget, so that no task saves more than another (by task);
-UniMoD's plan without routers, tokens kept by their position alone, spread evenly (by place); and the other methods of
-the comparison (layer_switch.plan_for_budget). measure: what counts as rank in ARank, with its tolerance; even: no
-ARank, the same keep in every layer but the first, which is dense. gate, membership: the values of the config field, all
-with UniMoD's plan. rule: who ranks the tokens of a picture that is drawn token by token, in training (objectives.
-training_rule): the router, the predictors, or both in turns, the default. --only runs some of the choices; --budget is
-that of train_toy.py when not given.
+method: UniMoD; the same keep ratios for the layers in the order of what the loss gains from each,
+instead of ARank's order (by loss); UniMoD with a plan whose every row meets the budget, so that no
+task saves more than another (by task); UniMoD's plan without routers, tokens kept by their position
+alone, spread evenly (by place); and the other methods of the comparison
+(layer_switch.plan_for_budget). measure: what counts as rank in ARank, with its tolerance; even: no
+ARank, the same keep in every layer but the first, which is dense. gate, membership: the values of
+the config field, all with UniMoD's plan. rule: who ranks the tokens of a picture that is drawn
+token by token, in training (objectives. training_rule): the router, the predictors, or both in
+turns, the default. --only runs some of the choices; --budget is that of train_toy.py when not
+given.
 
-For each choice, on fresh data: the losses of both tasks and free-running accuracies, with top-k and with causal routing,
-how often membership agrees with top-k, and its base rate (nan: nothing is routed). --dense keeps the dense model in this
-file and takes it, and its steps, from there the next time.
+For each choice, on fresh data: the losses of both tasks and free-running accuracies, with top-k and
+with causal routing, how often membership agrees with top-k, and its base rate (nan: nothing is
+routed). --dense keeps the dense model in this file and takes it, and its steps, from there the next
+time.
 """
 
 import argparse
@@ -36,7 +38,8 @@ from unimod_mini.flops import bisect  # noqa: E402
 from unimod_mini.objectives import cross_entropy, training_rule  # noqa: E402
 from unimod_mini.routers import GATES, GOLDEN, MEMBERSHIP_WEIGHT, TaskRouter  # noqa: E402
 
-MEASURES = ("energy 0.1", "energy 0.01", "rank 0.1", "rank 0.01", "rank 1e-7")    # of arank, with their tolerances
+# of arank, with their tolerances
+MEASURES = ("energy 0.1", "energy 0.01", "rank 0.1", "rank 0.01", "rank 1e-7")
 FIELDS = {"gate": tuple(GATES), "membership": tuple(MEMBERSHIP_WEIGHT),
           "measure": (*MEASURES, "even"),
           "rule": ("in turns", "router", "predictors"),
@@ -58,8 +61,10 @@ def cli(what: str, choices, steps: int) -> argparse.ArgumentParser:
 
 
 def begin(args, device):
-    """(world, tokenizer, data, dense): data(part, t2i, mmu) samples batches; a model that was trained for args.steps, or
-    lay in args.dense. ValueError when another model lies there. The folders of the files to be written are made first."""
+    """(world, tokenizer, data, dense): data(part, t2i, mmu) samples batches; a model that was
+    trained for args.steps, or lay in args.dense. ValueError when another model lies there. The
+    folders of the files to be written are made first.
+    """
     if args.steps < 2:
         raise ValueError(f"--steps must be at least 2, got {args.steps}")
     for file in (args.dense, getattr(args, "out", None)):
@@ -104,7 +109,7 @@ def main() -> None:
           "scenes a task\nsaved: training FLOPs; ce: cross-entropy; t2i, mmu: accuracies; c.: causal routing, else top-k; "
           "agreement: of membership with top-k\n" + f"{args.field:<12}" + "".join(f"{name:>12}" for name in NAMES), flush=True)
     for choice in wanted:
-        toy.torch.manual_seed(args.seed)                     # a choice does not depend on those before it
+        toy.torch.manual_seed(args.seed)  # a choice does not depend on those before it
         own = (by_loss(dense, table, samples) if choice == "by loss" else
                measured(dense, samples, choice) if choice in MEASURES else table)
         plan, changes = variant(args.field, choice, own, dense.config, lengths, budget)
@@ -127,7 +132,9 @@ def measured(dense, samples: dict, choice: str) -> dict:
 
 
 def by_loss(dense, table: dict, samples: dict) -> dict:
-    """ARank's values, a task's smallest for the layer without which its loss on the samples grows least, and so on."""
+    """ARank's values, a task's smallest for the layer without which its loss on the samples
+    grows least, and so on.
+    """
     def losses(model) -> dict:
         return {task: cross_entropy(model(**batch.inputs(), task=task).logits, batch.labels).item()
                 for task, batch in samples.items()}
@@ -161,8 +168,10 @@ def ranked_by(choice: str, step: int, batch, task: str) -> str:
 
 
 class Place(TaskRouter):
-    """Looks at no token: a position's score is spread evenly over any stretch of positions, and another one in every
-    layer, so that a layer keeps its share wherever one looks. The scores are so small that the gate stays 1."""
+    """Looks at no token: a position's score is spread evenly over any stretch of positions, and
+    another one in every layer, so that a layer keeps its share wherever one looks. The scores are
+    so small that the gate stays 1.
+    """
 
     def __init__(self, width: int, task: str, layer: int):
         super().__init__(width, 0, [task])
@@ -186,7 +195,9 @@ def without_routers(model) -> None:
 
 @toy.torch.no_grad()
 def judge(model, data, world, scenes: int, seed: int, drawing: dict, device) -> list:
-    """The four losses on fresh data, the four accuracies, agreement with top-k and its base rate."""
+    """The four losses on fresh data, the four accuracies, agreement with top-k and its base
+    rate.
+    """
     fresh, seen = ({task: batch.to(device) for task, batch in data(n, n).items()} for n in (FRESH, SEEN))
     calibrate(model, seen)
     losses = [cross_entropy(model(**batch.inputs(), task=task, routing=routing).logits, batch.labels).item()

@@ -1,12 +1,14 @@
-"""How fast is cached decoding, dense and UniMoD in turns, and how much of the possible speed-up is reached?
+"""How fast is cached decoding, dense and UniMoD in turns, and how much of the possible speed-up is
+reached?
 
     python benchmarks/decode.py [--quick] [--device cuda] [--out decode.json]
 
-A random Show-o-style model (CPU: width 512, 12 layers, float32; GPU: width 2048, 24 layers, bf16) and a plan that keeps
-a quarter of the tokens in every other layer, thresholds calibrated. For each prompt length and batch: milliseconds a
-decoding step, median over turns, and bytes of cache. "allowed" is the speed-up of a roofline timed in the same run: the
-matrix products of both models alone (routers and predictors too), at the row counts and cache lengths that the routing
-really had, each reading its weights. "reached" is the measured speed-up over the allowed one.
+A random Show-o-style model (CPU: width 512, 12 layers, float32; GPU: width 2048, 24 layers, bf16)
+and a plan that keeps a quarter of the tokens in every other layer, thresholds calibrated. For each
+prompt length and batch: milliseconds a decoding step, median over turns, and bytes of cache.
+"allowed" is the speed-up of a roofline timed in the same run: the matrix products of both models
+alone (routers and predictors too), at the row counts and cache lengths that the routing really had,
+each reading its weights. "reached" is the measured speed-up over the allowed one.
 """
 
 import argparse
@@ -30,7 +32,9 @@ PROMPTS, BATCHES = (64, 256, 1024), (1, 8, 32)
 
 
 def models(device) -> dict:
-    """{"dense": .., "unimod": ..} with the same weights; thresholds calibrated on random sequences."""
+    """{"dense": .., "unimod": ..} with the same weights; thresholds calibrated on random
+    sequences.
+    """
     on_gpu = device.type == "cuda"
     width, layers, vocab = (2048, 24, 58498) if on_gpu else (512, 12, 2048)
     config = ModelConfig("showo", layers, width // 64, width // 64, width, 4 * width, vocab, 2048, image_start=vocab // 2,
@@ -48,7 +52,9 @@ def models(device) -> dict:
 
 
 def prefilled(model, prompt, batch: int, n_new: int) -> Cache:
-    """A cache behind `batch` rows, made of the few distinct rows of `prompt` (D, T) again and again."""
+    """A cache behind `batch` rows, made of the few distinct rows of `prompt` (D, T) again and
+    again.
+    """
     D, T = prompt.shape
     few = Cache(model, TASK, D, T + n_new)
     for chunk in prompt.split(256, 1):
@@ -64,7 +70,10 @@ def prefilled(model, prompt, batch: int, n_new: int) -> Cache:
 
 
 def decode(model, cache, new, clock=None) -> list:
-    """Feed new (B, STEPS) one token at a time. Returns for each step, for each layer, [slots of every row routed]."""
+    """Feed new (B, STEPS) one token at a time.
+
+    Returns for each step, for each layer, [slots of every row routed].
+    """
     trace = []
     for step in range(new.shape[1]):
         out = model(new[:, step:step + 1], task=TASK, routing="causal", cache=cache)
@@ -93,7 +102,9 @@ class Clock:
 
 
 def products(model, trace, keys, values) -> list:
-    """The matrix products of that decoding, a list of calls a step: what no implementation can leave out."""
+    """The matrix products of that decoding, a list of calls a step: what no implementation can
+    leave out.
+    """
     config, steps = model.config, []
     like, d = {"dtype": keys.dtype, "device": keys.device}, config.head_width
     for step in trace:
@@ -128,7 +139,9 @@ def run_products(steps: list, clock) -> None:
 
 
 def milliseconds(turns: list) -> float:
-    """Lists of seconds by step, one list a turn -> ms a step: the median over turns of every step, then their mean."""
+    """Lists of seconds by step, one list a turn -> ms a step: the median over turns of every
+    step, then their mean.
+    """
     return 1000 * statistics.mean(statistics.median(times) for times in zip(*turns))
 
 
@@ -144,11 +157,12 @@ def measure(pair: dict, length: int, batch: int, device) -> dict:
     caches = {name: prefilled(model, prompt, batch, STEPS) for name, model in pair.items()}
     marks = {name: cache.mark() for name, cache in caches.items()}
     calls = {}
-    for name, model in pair.items():                       # a warm-up, and the row counts that really occur
+    for name, model in pair.items():  # a warm-up, and the row counts that really occur
         calls[name] = products(model, decode(model, caches[name], new), keys, values)
         out[f"{name}_bytes"], out[f"{name}_used"] = caches[name].nbytes(), caches[name].nbytes(used=True)
     for turn in range(TURNS):
-        for name, model in list(pair.items())[::-1 if turn % 2 else 1]:      # now one and now the other first
+        # now one and now the other first
+        for name, model in list(pair.items())[::-1 if turn % 2 else 1]:
             caches[name].rewind(marks[name])
             clock = Clock(device)
             decode(model, caches[name], new, clock)
@@ -165,7 +179,9 @@ def measure(pair: dict, length: int, batch: int, device) -> dict:
 
 
 def cached_against_recomputed(pair: dict, device, first: int = 192, last: int = 256) -> dict:
-    """Milliseconds a token (median) for tokens `first` to `last` of one row, behind a cache and by running the whole prefix again."""
+    """Milliseconds a token (median) for tokens `first` to `last` of one row, behind a cache and
+    by running the whole prefix again.
+    """
     ids, out = torch.randint(pair["dense"].config.vocab_size, (1, last), device=device), {}
     for name, model in pair.items():
         cache, clock = prefilled(model, ids[:, :first], 1, last - first), Clock(device)

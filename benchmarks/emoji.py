@@ -1,14 +1,18 @@
-"""What models trained on emoji draw and answer, with a classifier trained on the real pictures as the judge.
+"""What models trained on emoji draw and answer, with a classifier trained on the real pictures as
+the judge.
 
-    python benchmarks/emoji.py DATA dense=out/dense/model.pt unimod=out/unimod/model.pt [--out FOLDER] [--drawn 128]
+    python benchmarks/emoji.py DATA dense=out/dense/model.pt unimod=out/unimod/model.pt [--out
+    FOLDER] [--drawn 128]
 
-DATA is what `python -m unimod_mini.prepare emoji DATA` wrote, its work folder included. The judge is a small convolutional
-net that names concept, style and group of a picture alone. It sees training pictures only, so its own accuracy on
-held-out ones (a style that training never showed of that concept), real and as the codec draws them, is the most that
-drawn pictures can be expected to reach; both are printed above the models'. Every model draws the same prompts, those of
-training and held-out ones (style x concept), one sample each, and answers the same held-out questions, beside the most
-frequent answer of training to each question text. With causal routing. --out: emoji.json, and a
-sheet for each, emoji-train.png and emoji-held.png: real, through the codec, then every model's.
+DATA is what `python -m unimod_mini.prepare emoji DATA` wrote, its work folder included. The judge
+is a small convolutional net that names concept, style and group of a picture alone. It sees
+training pictures only, so its own accuracy on held-out ones (a style that training never showed of
+that concept), real and as the codec draws them, is the most that drawn pictures can be expected to
+reach; both are printed above the models'. Every model draws the same prompts, those of training and
+held-out ones (style x concept), one sample each, and answers the same held-out questions, beside
+the most frequent answer of training to each question text. With causal routing. --out: emoji.json,
+and a sheet for each, emoji-train.png and emoji-held.png: real, through the codec, then every
+model's.
 """
 
 import argparse
@@ -54,15 +58,13 @@ def singles(chunks: Chunks, split: str, kind: str) -> list:
         if record["split"] == split and record["kind"] == kind and not record["key"].startswith("scene/"):
             style, concept, *_ = record["key"].split("/")
             texts = {question: answer for _, question, answer in record["texts"]}
-            if "which group ?" in texts:                   # a picture that occurs again keeps its first texts
+            if "which group ?" in texts:  # a picture that occurs again keeps its first texts
                 found.append(Picture(record["texts"][0][1], concept, style, texts["which group ?"],
                                      chunks.picture("pixels", record["picture"])))
     return found
 
 
-# --------------------------------------------------------------------------------------------------------------
 # The judge
-# --------------------------------------------------------------------------------------------------------------
 
 class Judge(nn.Module):
     """uint8 (B, S, S, 3) -> logits of each head. names: {head: its classes}."""
@@ -78,7 +80,7 @@ class Judge(nn.Module):
         self.heads = nn.ModuleDict({head: nn.Linear(4 * channels, len(classes)) for head, classes in names.items()})
 
     def forward(self, images: Tensor) -> dict:
-        features = self.features(images.permute(0, 3, 1, 2).float() / 127.5 - 1)             # (B, 4 C)
+        features = self.features(images.permute(0, 3, 1, 2).float() / 127.5 - 1)  # (B, 4 C)
         return {head: layer(features) for head, layer in self.heads.items()}
 
     def targets(self, pictures: list) -> dict:
@@ -87,7 +89,9 @@ class Judge(nn.Module):
 
 
 def disturb(images: Tensor, rng: torch.Generator) -> Tensor:
-    """Moves the pictures by up to 3 pixels on white, blurs half of them, changes their colours: (B, S, S, 3)."""
+    """Moves the pictures by up to 3 pixels on white, blurs half of them, changes their colours:
+    (B, S, S, 3).
+    """
     n, side = len(images), images.shape[1]
     x = F.pad(images.permute(0, 3, 1, 2).float(), (3, 3, 3, 3), value=255.0)
     y, z = torch.randint(0, 7, (2,), generator=rng).tolist()                 # one move a batch
@@ -123,7 +127,9 @@ def train_judge(pictures: list, steps: int, seed: int, device) -> Judge:
 
 @torch.no_grad()
 def verdict(judge: Judge, pictures: list, images: Tensor) -> dict:
-    """How often images (B, S, S, 3) show what `pictures` say: concept (first, among five), style, both, group."""
+    """How often images (B, S, S, 3) show what `pictures` say: concept (first, among five),
+    style, both, group.
+    """
     known = [i for i, p in enumerate(pictures) if p.concept in judge.names["concept"]]
     pictures, out = [pictures[i] for i in known], {"pictures": len(known)}
     device = next(judge.parameters()).device
@@ -131,14 +137,12 @@ def verdict(judge: Judge, pictures: list, images: Tensor) -> dict:
     right = {head: logits[head].argmax(1) == wanted for head, wanted in targets.items()}
     right["both"] = right["concept"] & right["style"]
     out |= {name: round(those.float().mean().item(), 4) for name, those in right.items()}
-    best = logits["concept"].topk(min(5, len(judge.names["concept"])), 1).indices            # (B, 5)
+    best = logits["concept"].topk(min(5, len(judge.names["concept"])), 1).indices  # (B, 5)
     out["concept in 5"] = round((best == targets["concept"][:, None]).any(1).float().mean().item(), 4)
     return out
 
 
-# --------------------------------------------------------------------------------------------------------------
 # The models
-# --------------------------------------------------------------------------------------------------------------
 
 def draw(model, tokenizer, captions: list, drawing: dict, label: str) -> Tensor:
     """One picture for every caption, uint8 (B, S, S, 3)."""
@@ -148,7 +152,9 @@ def draw(model, tokenizer, captions: list, drawing: dict, label: str) -> Tensor:
 
 
 def held_questions(data: Path, shards: Shards, n: int, seed: int) -> tuple[list, Tensor]:
-    """At most n held-out questions, their category what holding it out tests: (list of Question, codes (n, h, w))."""
+    """At most n held-out questions, their category what holding it out tests: (list of Question,
+    codes (n, h, w)).
+    """
     with open(data / "held.jsonl", encoding="utf-8") as file:
         rows = [row for row in map(json.loads, file) if row["task"] == "mmu"]
     picks = sorted(Random(f"questions {seed}").sample(range(len(rows)), min(n, len(rows))))
@@ -167,9 +173,7 @@ def by_kind(right: list) -> dict:
     return by_category(right) | {"all": share(right)}
 
 
-# --------------------------------------------------------------------------------------------------------------
 # The command
-# --------------------------------------------------------------------------------------------------------------
 
 def sheet(rows: list, captions: list, path) -> str:
     """Pictures (SHOWN, S, S, 3) of each row, one row over the other, a white line between."""

@@ -1,23 +1,27 @@
-"""How a training step grows with length and depth: two laws fitted to the measured points, drawn as an SVG.
+"""How a training step grows with length and depth: two laws fitted to the measured points, drawn as
+an SVG.
 
     seconds a sequence   t(T) = a T + b T^2     matrix products over tokens, and attention's scores over pairs
     seconds a sequence   t(L) = c + d L         embedding, head and what does not grow; layers
 
-Points are the rows of step.py's table: dense, and one series for each saving. Plain Python, no plotting library.
+Points are the rows of step.py's table: dense, and one series for each saving. Plain Python, no
+plotting library.
 
 Legend: T tokens, L layers.
 """
 
 import math
 
-WIDE, HIGH, LEFT, TOP, GAP = 330, 260, 60, 40, 90                   # a panel, its place, and between two
+WIDE, HIGH, LEFT, TOP, GAP = 330, 260, 60, 40, 90  # a panel, its place, and between two
 COLORS = ("#444444", "#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#8c564b", "#e377c2")
 
 
 def fit(points: list, powers: tuple) -> tuple:
-    """[(x, seconds)] -> (a, b), both >= 0, of a x^p + b x^q with the smallest sum of squared relative errors.
+    """[(x, seconds)] -> (a, b), both >= 0, of a x^p + b x^q with the smallest sum of squared
+    relative errors.
 
-    Divided by the seconds t, the law is a u + b v = 1, u = x^p / t, v = x^q / t: two linear equations.
+    Divided by the seconds t, the law is a u + b v = 1, u = x^p / t, v = x^q / t: two linear
+    equations.
     """
     u, v = ([x ** power / t for x, t in points] for power in powers)
     dot = lambda one, two: sum(a * b for a, b in zip(one, two))
@@ -27,11 +31,14 @@ def fit(points: list, powers: tuple) -> tuple:
         a, b = (u1 * vv - v1 * uv) / determinant, (v1 * uu - u1 * uv) / determinant
         if min(a, b) >= 0:
             return a, b
-    return max(((u1 / uu, 0.0), (0.0, v1 / vv)), key=lambda ab: ab[0] * u1 + ab[1] * v1)     # the better alone
+    # the better alone
+    return max(((u1 / uu, 0.0), (0.0, v1 / vv)), key=lambda ab: ab[0] * u1 + ab[1] * v1)
 
 
 def series(rows: list, depth: int | None, length: int | None) -> dict:
-    """{name: [(x, seconds a sequence)]} by length at one depth, or by depth at one length; the other is None."""
+    """{name: [(x, seconds a sequence)]} by length at one depth, or by depth at one length; the
+    other is None.
+    """
     out = {}
     for row in rows:
         if depth in (None, row["layers"]) and length in (None, row["length"]):
@@ -56,15 +63,15 @@ def laws(rows: list, depth: int, length: int) -> dict:
 
 
 def counted_equal_at(rows: list, depth: int) -> float:
-    """The length at which counted FLOPs of dense are half linear, half T^2: from the counts of two lengths."""
+    """The length at which counted FLOPs of dense are half linear, half T^2: from the counts of
+    two lengths.
+    """
     counts = {row["length"]: row["dense_flops"] / row["batch"] for row in rows if row["layers"] == depth}
     a, b = fit(sorted(counts.items()), (1, 2))
     return a / b if b > 0 else math.inf
 
 
-# --------------------------------------------------------------------------------------------------------------
 # The drawing
-# --------------------------------------------------------------------------------------------------------------
 
 class Panel:
     """Axes from data to pixels; each method returns SVG."""

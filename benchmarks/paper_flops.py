@@ -1,9 +1,11 @@
-"""The paper's FLOPs beside ours, for the true sizes of Show-o and Emu3: `python benchmarks/paper_flops.py`.
+"""The paper's FLOPs beside ours, for the true sizes of Show-o and Emu3: `python
+benchmarks/paper_flops.py`.
 
-UniMoD (arXiv 2502.06474) gives TFLOPs of full computation and of its plans, and neither the batch nor the convention:
-is it a forward pass or a training step, all of the n x n attention or the live part of its mask? So each is counted
-here, for the batches that Show-o's training and Emu3's picture sizes suggest. What comes near proves none of them.
-The ratio, plan over full computation, depends little on it: that is the number to compare.
+UniMoD (arXiv 2502.06474) gives TFLOPs of full computation and of its plans, and neither the batch
+nor the convention: is it a forward pass or a training step, all of the n x n attention or the live
+part of its mask? So each is counted here, for the batches that Show-o's training and Emu3's picture
+sizes suggest. What comes near proves none of them. The ratio, plan over full computation, depends
+little on it: that is the number to compare.
 """
 
 import sys
@@ -14,7 +16,8 @@ from unimod_mini.config import ModelConfig  # noqa: E402
 from unimod_mini.flops import batch_flops, bisect, flops_ratio  # noqa: E402
 from unimod_mini.plan import Plan  # noqa: E402
 
-# TFLOPs of full computation and ratio in the paper, and batches that it may have counted: what it is, tokens of a
+# TFLOPs of full computation and ratio in the paper, and batches that it may have counted: what it
+# is, tokens of a
 # sequence, and {task: (sequences, tokens in a bidirectional span)}
 PAPER = {
     "showo-1.3b": (51.1, 0.847, (
@@ -28,14 +31,18 @@ CONVENTIONS = [(mode, kind) for mode in ("forward", "train") for kind in ("full"
 
 
 def by_convention(count, config: ModelConfig, plan: Plan | None, length: int, batch: dict) -> list:
-    """count = batch_flops or flops_ratio of a batch {task: (sequences, span)}, in each of CONVENTIONS."""
+    """count = batch_flops or flops_ratio of a batch {task: (sequences, span)}, in each of
+    CONVENTIONS.
+    """
     lengths, counts = dict.fromkeys(batch, length), {task: n for task, (n, _) in batch.items()}
     spans = {task: span for task, (_, span) in batch.items()}
     return [count(config, plan, lengths, mode, counts, spans if kind == "live" else None) for mode, kind in CONVENTIONS]
 
 
 def comparison(name: str) -> str:
-    """The paper's full computation beside ours by convention; a plan at the paper's ratio, and its ratio in each."""
+    """The paper's full computation beside ours by convention; a plan at the paper's ratio, and
+    its ratio in each.
+    """
     config, (paper, ratio, batches) = ModelConfig.preset(name), PAPER[name]
     lines = [f"{name}: {paper} TFLOPs in the paper, ratio {ratio}; full computation here, * within 5 % of the paper's",
              f"{'batch':<40}{'tokens':>7}" + "".join(f"{f'{mode} {kind}':>14} " for mode, kind in CONVENTIONS)]

@@ -1,15 +1,17 @@
-"""What causal routing costs in quality: the same scenes, prompts and random numbers, top-k against causal, in pairs.
+"""What causal routing costs in quality: the same scenes, prompts and random numbers, top-k against
+causal, in pairs.
 
-    python benchmarks/quality.py out/toy/checkpoint.pt [more checkpoints] [--scenes 2000] [--seed 1000] [--out FILE]
-    python benchmarks/quality.py out/toy/checkpoint.pt --labels
-    python benchmarks/quality.py out/toy/checkpoint.pt --trained-with 0
+    python benchmarks/quality.py out/toy/checkpoint.pt [more checkpoints] [--scenes 2000] [--seed
+    1000] [--out FILE] python benchmarks/quality.py out/toy/checkpoint.pt --labels python
+    benchmarks/quality.py out/toy/checkpoint.pt --trained-with 0
 
-For each checkpoint of train_toy.py and each task: free-running accuracy with top-k (non-causal, the yardstick) and with
-causal routing, the difference in points with its paired standard error, and how often both judge a scene alike; then
-the same for scenes with a colour-shape pair that training never showed. --labels: causal routing with the right task
-label against the wrong one, so that the other task's keep ratios, routers and thresholds decide. --trained-with: the seed
-of the run, whose training data is made again (of the default number of steps): causal accuracy on the captions, pictures
-and pairs of picture and question that occur there, and on those that do not.
+For each checkpoint of train_toy.py and each task: free-running accuracy with top-k (non-causal, the
+yardstick) and with causal routing, the difference in points with its paired standard error, and how
+often both judge a scene alike; then the same for scenes with a colour-shape pair that training
+never showed. --labels: causal routing with the right task label against the wrong one, so that the
+other task's keep ratios, routers and thresholds decide. --trained-with: the seed of the run, whose
+training data is made again (of the default number of steps): causal accuracy on the captions,
+pictures and pairs of picture and question that occur there, and on those that do not.
 """
 
 import argparse
@@ -41,7 +43,9 @@ def relabelled(model: UnifiedTransformer) -> UnifiedTransformer:
 
 
 def paired(first: list, second: list) -> dict:
-    """[(category, right)] of the same scenes, twice -> accuracies, difference and its standard error."""
+    """[(category, right)] of the same scenes, twice -> accuracies, difference and its standard
+    error.
+    """
     a, b = ([float(right) for _, right in rows] for rows in (first, second))
     n, differences = len(a), [y - x for x, y in zip(a, b)]
     mean = sum(differences) / n
@@ -75,7 +79,9 @@ def compare(path: str, scenes: int, seed: int, labels: bool, device) -> dict:
 
 
 class Recorder(World):
-    """The toy world, which remembers what it has given to training: captions, pictures, pictures with a question."""
+    """The toy world, which remembers what it has given to training: captions, pictures, pictures
+    with a question.
+    """
 
     def __init__(self):
         super().__init__()
@@ -100,7 +106,7 @@ def training_data(tokenizer: Tokenizer, seed: int) -> Recorder:
     setting, world = toy.SETTINGS[tokenizer.backbone], Recorder()
     sampler, steps = toy.Sampler(world, tokenizer, seed, setting["t2i"], setting["mmu"]), setting["steps"]
     for step in tqdm(range(steps + max(1, steps // 2)), desc="training data", unit="step", mininterval=1.0):
-        if step == steps:                                  # ARank's samples, between the phases: nothing learns from them
+        if step == steps:  # ARank's samples, between the phases: nothing learns from them
             sampler.world = World()
             sampler(20, 50)
             sampler.world = world
@@ -109,7 +115,9 @@ def training_data(tokenizer: Tokenizer, seed: int) -> Recorder:
 
 
 def novelty(path: str, scenes: int, seed: int, trained_with: int, device) -> dict:
-    """{what: {"in training": {"scenes": .., "accuracy": ..}, "not": ..}} of one checkpoint with causal routing."""
+    """{what: {"in training": {"scenes": .., "accuracy": ..}, "not": ..}} of one checkpoint with
+    causal routing.
+    """
     model, tokenizer, drawing = load_toy(path, device)
     world = training_data(tokenizer, trained_with)
     prompts, questions, codes = fresh_scenes(world, scenes, Random(f"quality {seed}"))
@@ -155,7 +163,8 @@ def main() -> None:
     if args.labels and args.trained_with is not None:
         parser.error("--labels and --trained-with are two comparisons: give one of them")
     device = find_device()
-    if lost := [path for path in args.checkpoints if not Path(path).is_file()]:          # before hours of the others
+    # before hours of the others
+    if lost := [path for path in args.checkpoints if not Path(path).is_file()]:
         parser.error(f"{', '.join(lost)}: no such file")
     if args.trained_with is None:
         results = {path: compare(path, args.scenes, args.seed, args.labels, device) for path in args.checkpoints}

@@ -1,18 +1,21 @@
-"""How much of the FLOPs that a plan saves becomes time? Whole training steps of dense and UniMoD, in turns.
+"""How much of the FLOPs that a plan saves becomes time? Whole training steps of dense and UniMoD,
+in turns.
 
-    python benchmarks/step.py [--quick] [--backbone emu3] [--preset showo-1.3b] [--graphs] [--out step.json]
+    python benchmarks/step.py [--quick] [--backbone emu3] [--preset showo-1.3b] [--graphs] [--out
+    step.json]
 
-A step is that of objectives.train_step: forward, backward, clip, update (torch's fused AdamW, the same for both), on one
-batch of random ids. CUDA and CPUs that multiply bf16 run bf16 autocast over float32 weights, the others float32. The
-twins have the same weights; UniMoD adds its routers. A Show-o batch has a bidirectional image span, so its attention is
-masked.
+A step is that of objectives.train_step: forward, backward, clip, update (torch's fused AdamW, the
+same for both), on one batch of random ids. CUDA and CPUs that multiply bf16 run bf16 autocast over
+float32 weights, the others float32. The twins have the same weights; UniMoD adds its routers. A
+Show-o batch has a bidirectional image span, so its attention is masked.
 
     time saved      1 - (seconds of a UniMoD step) / (seconds of the dense step beside it), median over the pairs
     realised share  time saved / FLOPs saved; FLOPs of training by unimod_mini.flops, full n x n attention
 
-Intervals are 95 %, by bootstrap over the pairs. Pairs are added until that of the realised share is narrower than
---interval, or --seconds are over; "stopped" says which. MFU counts the plan's own FLOPs, so skipped tokens as skipped.
-Attention dropout is off, so that every device has a fused kernel.
+Intervals are 95 %, by bootstrap over the pairs. Pairs are added until that of the realised share is
+narrower than --interval, or --seconds are over; "stopped" says which. MFU counts the plan's own
+FLOPs, so skipped tokens as skipped. Attention dropout is off, so that every device has a fused
+kernel.
 
 Legend: B batch, T tokens, L layers.
 """
@@ -33,12 +36,12 @@ from unimod_mini import Batch, ModelConfig, Plan, UnifiedTransformer, count_flop
 from unimod_mini.train import cuda_graphs as graphs  # noqa: E402
 from unimod_mini.atomic_files import write_json, write_text  # noqa: E402
 from unimod_mini.flops import bisect, peak_flops  # noqa: E402
-from unimod_mini.memory import activation_bytes  # noqa: E402
+from unimod_mini.flops import activation_bytes  # noqa: E402
 from unimod_mini.plan import capacity  # noqa: E402
 from unimod_mini.device import find_device, find_precision, seed_everything  # noqa: E402
 
 SAVINGS = (0.15, 0.40, 0.60)
-IMAGE = 1026 / 1408                # share of a Show-o sequence that is soi..eoi: 512 pixels, as it was trained
+IMAGE = 1026 / 1408  # share of a Show-o sequence that is soi..eoi: 512 pixels, as it was trained
 FLOOR, CEILING = 0.1, 0.999        # keeps that a plan may have in its routed layers
 LENGTHS = (256, 512, 1024, 2048, 4096)
 SIZES = {"width": 384, "layers": 8, "length": 512, "batch": 4, "seconds": 60.0}
@@ -89,12 +92,12 @@ def parse(argv=None) -> argparse.Namespace:
     return args
 
 
-# --------------------------------------------------------------------------------------------------------------
 # What is compared
-# --------------------------------------------------------------------------------------------------------------
 
 def make_config(args) -> ModelConfig:
-    """The preset, or CPU sizes in the proportions of the true ones, with room for args.length tokens."""
+    """The preset, or CPU sizes in the proportions of the true ones, with room for args.length
+    tokens.
+    """
     if args.preset:
         config = ModelConfig.preset(args.preset)
         return replace(config, n_layer=args.layers or config.n_layer, max_length=max(config.max_length, args.length),
@@ -111,8 +114,9 @@ def make_config(args) -> ModelConfig:
 def plan_for_saving(config: ModelConfig, task: str, length: int, saving: float) -> Plan:
     """One keep for the odd layers, found by bisection on the counted training FLOPs.
 
-    Where the odd layers would keep less than FLOOR: for all but the first; where that is not enough: for all.
-    ValueError when even then the plan does not save as much (the head is never pruned).
+    Where the odd layers would keep less than FLOOR: for all but the first; where that is not
+    enough: for all. ValueError when even then the plan does not save as much (the head is never
+    pruned).
     """
     def plan(keep: float) -> Plan:
         row = tuple(keep if layer in routed else 1.0 for layer in range(config.n_layer))
@@ -124,7 +128,8 @@ def plan_for_saving(config: ModelConfig, task: str, length: int, saving: float) 
     for first, stride in ((1, 2), (1, 1), (0, 1)):
         routed = range(first, config.n_layer, stride)
         if routed and 0.0 < saving < 1.0 and cost(FLOOR) <= 1 - saving:
-            keep = bisect(cost, 1 - saving, FLOOR, CEILING)                  # saves enough; one slot more, too little
+            # saves enough; one slot more, too little
+            keep = bisect(cost, 1 - saving, FLOOR, CEILING)
             return plan(min(keep, min(keep + 1 / length, CEILING), key=lambda x: abs(cost(x) - (1 - saving))))
     raise ValueError(f"no plan with keeps of {FLOOR} and more saves {saving:.0%} of the training FLOPs of this model")
 
@@ -135,7 +140,10 @@ def image_span(config: ModelConfig, length: int) -> int:
 
 
 def make_batch(config: ModelConfig, task: str, batch: int, length: int, device, text: bool = False) -> Batch:
-    """Random ids (B, T), every one a label; Show-o's span at the end for t2i, at the front for mmu. text: no span."""
+    """Random ids (B, T), every one a label; Show-o's span at the end for t2i, at the front for mmu.
+
+    text: no span.
+    """
     ids = torch.randint(config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
     size, spans = image_span(config, length), torch.zeros_like(ids)
     spans[:, length - size if task == "t2i" else 0:length if task == "t2i" else size] = 1
@@ -143,12 +151,12 @@ def make_batch(config: ModelConfig, task: str, batch: int, length: int, device, 
     return Batch(ids.to(device), spans, None, ids.to(device))
 
 
-# --------------------------------------------------------------------------------------------------------------
 # The table
-# --------------------------------------------------------------------------------------------------------------
 
 class Unrouted(UnifiedTransformer):
-    """A plan's blocks on the first K tokens of every row: no router, no predictor, no gather, no scatter."""
+    """A plan's blocks on the first K tokens of every row: no router, no predictor, no gather, no
+    scatter.
+    """
 
     def layer(self, layer: int, x, task: str, context, rule: str, cache=None):
         keep = self.plan.keep[task][layer]
@@ -156,7 +164,7 @@ class Unrouted(UnifiedTransformer):
             return super().layer(layer, x, task, context, rule, cache)
         K = capacity(keep, x.shape[1])
         mask = None if context.mask is None else context.mask[:, :, :K, :K]
-        update = self.blocks[layer](x[:, :K], context.rope[:, :K], mask)                   # (B, K, D)
+        update = self.blocks[layer](x[:, :K], context.rope[:, :K], mask)  # (B, K, D)
         return torch.cat((x[:, :K] + update, x[:, K:]), dim=1), None
 
 
@@ -167,7 +175,9 @@ def unrouted_saving(config: ModelConfig, plan: Plan, task: str, length: int) -> 
 
 
 def costs(config: ModelConfig, plan: Plan | None, name: str, row: dict, peak: float | None) -> dict:
-    """Tokens a second, MFU and, where no peak was measured, the bytes of activations of one twin."""
+    """Tokens a second, MFU and, where no peak was measured, the bytes of activations of one
+    twin.
+    """
     T, B, task, seconds = row["length"], row["batch"], row["task"], row[f"{name}_ms"] / 1000
     work = B * count_flops(config, plan, task, T, "train").total
     kept = B * activation_bytes(config, plan, task, T, spans=image_span(config, T) > 0).total
@@ -194,7 +204,7 @@ def measure(config: ModelConfig, plans: list, args, length: int, batch: int, dev
                 "step_has_sync": has_sync(unimod) if device.type == "cuda" else None}
         rows.append(row)
         print(line(row), flush=True)
-        del unimod                                         # its memory is free before the next one is built
+        del unimod  # its memory is free before the next one is built
         if args.unrouted:
             free = Step(lambda: Unrouted(config, plan), batches, device, **how)
             other = row["unrouted"] = race(dense, free, unrouted_saving(config, plan, args.task, length), args.seconds,
@@ -224,7 +234,9 @@ def line(row: dict) -> str:
 
 
 def against_hf(config: ModelConfig, args, device) -> dict:
-    """Our dense step and that of Hugging Face's text model: causal attention, no spans, everything else the same."""
+    """Our dense step and that of Hugging Face's text model: causal attention, no spans,
+    everything else the same.
+    """
     batches = {args.task: make_batch(config, args.task, args.batch, args.length, device, text=True)}
     theirs = Step(lambda: TextModel(config), batches, device, args.compile, fullgraph=False)
     ours = Step(lambda: UnifiedTransformer(config), batches, device, args.compile)
@@ -237,7 +249,8 @@ def against_hf(config: ModelConfig, args, device) -> dict:
 
 
 def jobs(args, config: ModelConfig) -> list:
-    """[(config, plans, T, B)]: the size asked for, or with --grow every length, about as many tokens a step, and depth.
+    """[(config, plans, T, B)]: the size asked for, or with --grow every length, about as many
+    tokens a step, and depth.
 
     All plans are made before anything is timed: a saving out of reach is an error at once.
     """
@@ -269,7 +282,7 @@ def main(argv=None) -> dict:
     if args.graphs:
         graphs.check_device(device)
     seed_everything(0)
-    torch._dynamo.config.recompile_limit = 64              # --compile: one graph for each model of this process
+    torch._dynamo.config.recompile_limit = 64  # --compile: one graph for each model of this process
     config = make_config(args)
     todo = jobs(args, config)
     out = where(args, device) | {"backbone": config.backbone, "width": config.d_model, "rows": []}

@@ -1,11 +1,13 @@
-"""A third task: drawing, answering questions on pictures, and answering the same questions on texts, in one model.
+"""A third task: drawing, answering questions on pictures, and answering the same questions on
+texts, in one model.
 
     python benchmarks/tasks.py [--steps 1000] [--scenes 504] [--seed 0] [--out FILE]
 
-The task "lm" reads a scene of one or two objects as a text ("a red ring top-left and a blue disc top-right how many
-objects ? two") and is judged by the word after the question mark. As in train_toy.py: dense training on all three,
-ARank, a plan with a row for every task that meets the budget of a step's FLOPs, then half as many steps more with it,
-and dense from the same weights and data. Emu3 style; causal routing.
+The task "lm" reads a scene of one or two objects as a text ("a red ring top-left and a blue disc
+top-right how many objects ? two") and is judged by the word after the question mark. As in
+train_toy.py: dense training on all three, ARank, a plan with a row for every task that meets the
+budget of a step's FLOPs, then half as many steps more with it, and dense from the same weights and
+data. Emu3 style; causal routing.
 """
 
 import argparse
@@ -28,11 +30,13 @@ from unimod_mini.shapes import MMU_CATEGORIES, commonest_answers, phrase  # noqa
 SETTING = toy.SETTINGS["emu3"]
 COUNTS = {"t2i": SETTING["t2i"], "mmu": SETTING["mmu"], "lm": 24}
 SWITCH = {"t2i": 20, "mmu": 50, "lm": 50}          # samples that ARank is measured on
-WEIGHTS = SETTING["weights"] | {"lm": 1.0}         # most of a text is a scene, which nobody can guess
+WEIGHTS = SETTING["weights"] | {"lm": 1.0}  # most of a text is a scene, which nobody can guess
 
 
 def readings(world, n: int, rng: Random) -> list:
-    """n pairs (a whole scene as a text, a question on it with a one-word answer); categories in turn."""
+    """n pairs (a whole scene as a text, a question on it with a one-word answer); categories in
+    turn.
+    """
     out = []
     while len(out) < n:
         scene = world.scene(rng)
@@ -56,7 +60,9 @@ class Sampler(toy.Sampler):
 
 @torch.no_grad()
 def read_and_judge(model, tokenizer, asked: list) -> list:
-    """[(category, right or wrong)] of the word that the model puts after each scene and question."""
+    """[(category, right or wrong)] of the word that the model puts after each scene and
+    question.
+    """
     right, device = [], next(model.parameters()).device
     for start in range(0, len(asked), CHUNK):
         part = asked[start:start + CHUNK]
@@ -68,7 +74,9 @@ def read_and_judge(model, tokenizer, asked: list) -> list:
 
 
 def judge(model, world, small, tokenizer, scenes: int, seed: int) -> dict:
-    """{task: accuracy, "worst": {task: its worst category}} on fresh scenes; small: the world of the texts."""
+    """{task: accuracy, "worst": {task: its worst category}} on fresh scenes; small: the world of
+    the texts.
+    """
     model.eval()
     rng = Random(f"evaluate {seed}")
     right = {"t2i": draw_and_judge(model, tokenizer, world, world.sample_t2i(scenes, rng)[0], **SETTING["drawing"]),

@@ -1,8 +1,10 @@
-"""Hugging Face's text models at the shape of a config, behind the interface that our training step asks for.
+"""Hugging Face's text models at the shape of a config, behind the interface that our training step
+asks for.
 
-showo: Phi (parallel blocks, rotary on part of each head, QK norm); emu3: Llama (RMSNorm, SwiGLU, grouped heads). Needs
-the optional transformers. Both run causal text: they know no image spans. Phi's own GELU is replaced by torch's fused
-one, the same function, so that the comparison is with the faster of its forms.
+showo: Phi (parallel blocks, rotary on part of each head, QK norm); emu3: Llama (RMSNorm, SwiGLU,
+grouped heads). Needs the optional transformers. Both run causal text: they know no image spans.
+Phi's own GELU is replaced by torch's fused one, the same function, so that the comparison is with
+the faster of its forms.
 """
 
 import torch
@@ -13,7 +15,9 @@ from unimod_mini.transformer import Output
 
 
 def hugging_face(config: ModelConfig) -> nn.Module:
-    """PhiForCausalLM or LlamaForCausalLM with random weights, as many parameters as our dense model."""
+    """PhiForCausalLM or LlamaForCausalLM with random weights, as many parameters as our dense
+    model.
+    """
     try:
         import transformers as hf
     except ImportError as error:
@@ -30,7 +34,10 @@ def hugging_face(config: ModelConfig) -> nn.Module:
 
 
 class TextModel(nn.Module):
-    """model(ids, task) -> Output, as UnifiedTransformer, its `precision` too. A dense model: no routings."""
+    """model(ids, task) -> Output, as UnifiedTransformer, its `precision` too.
+
+    A dense model: no routings.
+    """
     precision = "float32"
 
     def __init__(self, config: ModelConfig):

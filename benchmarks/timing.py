@@ -15,7 +15,8 @@ from unimod_mini.objectives import Objective, forward_backward, training_rules
 from unimod_mini.device import find_precision
 from unimod_mini.optim import update
 
-WARM, FEWEST, CHECK = 3, 12, 4     # steps before timing; pairs at least; pairs between two looks at the interval
+# steps before timing; pairs at least; pairs between two looks at the interval
+WARM, FEWEST, CHECK = 3, 12, 4
 
 
 def synchronize(device) -> None:
@@ -47,15 +48,15 @@ def has_sync(step) -> bool:
 class Step:
     """A model with its optimiser, warmed up: step() is one training step, step.seconds() times it.
 
-    peak: bytes of its own at the peak of a step (weights, optimiser, gradients, activations); None without CUDA, and
-    for graphs (graphs.Recorded), whose memory is taken once.
+    peak: bytes of its own at the peak of a step (weights, optimiser, gradients, activations); None
+    without CUDA, and for graphs (graphs.Recorded), whose memory is taken once.
     """
 
     def __init__(self, build, batches: dict, device, compiled: bool = False, fullgraph: bool = True, graphs=False):
         before = allocated(device)
         with torch.device(device):                         # weights are drawn where they live
             self.model = build().train()
-        if compiled:                                       # static shapes: each plan and length has its own graph
+        if compiled:  # static shapes: each plan and length has its own graph
             self.model.compile(fullgraph=fullgraph, dynamic=False)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         self.model.precision = find_precision("auto", device)
@@ -67,10 +68,12 @@ class Step:
                 torch.cuda.reset_peak_memory_stats(device)
             self()
         synchronize(device)
-        self.peak = None if graphs else allocated(device, peak=True) - before or None   # a recording's is not seen
+        # a recording's is not seen
+        self.peak = None if graphs else allocated(device, peak=True) - before or None
 
     def __call__(self) -> None:
-        self.passes(self.batches, None, training_rules(self.number // 2, self.batches))   # changes with every other pair
+        # changes with every other pair
+        self.passes(self.batches, None, training_rules(self.number // 2, self.batches))
         update(self.model, [self.optimizer], 1.0)
         self.number += 1
 
@@ -90,7 +93,8 @@ def bootstrap(values: list, draws: int = 1000) -> tuple:
 
 
 def summary(pairs: list, flops_saved: float) -> dict:
-    """[(seconds dense, seconds UniMoD)] of steps side by side -> time saved and realised share, with intervals.
+    """[(seconds dense, seconds UniMoD)] of steps side by side -> time saved and realised share,
+    with intervals.
 
     spread: from the first to the third quartile, over the median.
     """
@@ -106,7 +110,9 @@ def summary(pairs: list, flops_saved: float) -> dict:
 
 
 def race(dense, unimod, flops_saved: float, limit: float, width: float) -> dict:
-    """Pairs of steps, now one and now the other first, until the interval is narrow or the time is over -> summary."""
+    """Pairs of steps, now one and now the other first, until the interval is narrow or the time
+    is over -> summary.
+    """
     pairs, start = [], time.perf_counter()
     while True:
         if len(pairs) % 2:

@@ -26,7 +26,9 @@ def plans(n_layer=N_LAYER, tasks=("t2i", "mmu"), keep=keeps):
 
 
 def tiny(backbone, **changes):
-    """A config of a few thousand parameters; emu3 has grouped heads, showo rotates half of each head."""
+    """A config of a few thousand parameters; emu3 has grouped heads, showo rotates half of each
+    head.
+    """
     given = dict(n_layer=N_LAYER, n_head=4, n_kv_head=2 if backbone == "emu3" else 4, d_model=32, d_ff=40,
                  vocab_size=30, max_length=64, image_start=20, rope_fraction=1.0 if backbone == "emu3" else 0.5,
                  qk_norm=backbone == "showo")
@@ -34,7 +36,9 @@ def tiny(backbone, **changes):
 
 
 def build(config, plan=None, seed=0, dtype=torch.float64):
-    """A model whose every weight, router and predictor too, is random and of order one in its effect."""
+    """A model whose every weight, router and predictor too, is random and of order one in its
+    effect.
+    """
     torch.manual_seed(seed)
     model = UnifiedTransformer(config, plan).to(dtype).eval()
     with torch.no_grad():
@@ -51,8 +55,9 @@ def build(config, plan=None, seed=0, dtype=torch.float64):
 def call(config, batch, length, seed, padding="none", spans=False, places="default"):
     """Keyword arguments of forward, rows of different lengths.
 
-    padding: none, left, right, both, holes; at least one valid token a row. spans: up to two spans a row, over valid
-    tokens. places: default positions, or explicit ones that are apart or shuffled. Padding holds random ids.
+    padding: none, left, right, both, holes; at least one valid token a row. spans: up to two spans
+    a row, over valid tokens. places: default positions, or explicit ones that are apart or
+    shuffled. Padding holds random ids.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -136,14 +141,18 @@ def naive_linear(module, x):
 
 
 def naive_rotate(x, rope):
-    """x (T, d), rope (T, 2, r): the pair (a_i, a_{i + r/2}) is multiplied by cos + i sin, as complex numbers."""
+    """x (T, d), rope (T, 2, r): the pair (a_i, a_{i + r/2}) is multiplied by cos + i sin, as
+    complex numbers.
+    """
     half = rope.shape[-1] // 2
     z = torch.complex(x[:, :half], x[:, half:2 * half]) * torch.complex(rope[:, 0, half:], rope[:, 1, half:])
     return torch.cat((z.real, z.imag, x[:, 2 * half:]), 1)
 
 
 def naive_block(block, config, x, positions, spans, key):
-    """The update u of one row x (T, D) at full length: tokens outside `key` are queries, but no keys."""
+    """The update u of one row x (T, D) at full length: tokens outside `key` are queries, but no
+    keys.
+    """
     attention, (T, D), d = block.attention, x.shape, config.head_width
     rope = rotary(positions[None], config.rope_dims, config.rope_theta, torch.promote_types(x.dtype, torch.float32))[0]
     sees = torch.tensor([[naive_sees(i, j, positions, spans, key) for j in range(T)] for i in range(T)])
@@ -171,7 +180,8 @@ def naive_block(block, config, x, positions, spans, key):
 def naive_row(model, task, ids, positions, spans, valid, chosen):
     """One row of tokens -> logits (T, V) and the router scores of each routed layer.
 
-    chosen[layer]: (T,) bool, who is routed, None in a dense or skipped layer. No token is ever gathered.
+    chosen[layer]: (T,) bool, who is routed, None in a dense or skipped layer. No token is ever
+    gathered.
     """
     config, x, scores = model.config, model.embed.weight[ids], []
     if config.image_positions:
@@ -194,7 +204,10 @@ def naive_row(model, task, ids, positions, spans, valid, chosen):
 
 
 def naive_forward(model, task, inputs, chosen):
-    """The twin of forward, row by row. chosen[layer]: (B, T) bool or None. Returns logits (B, T, V), scores."""
+    """The twin of forward, row by row. chosen[layer]: (B, T) bool or None.
+
+    Returns logits (B, T, V), scores.
+    """
     ids, valid, rows = inputs["ids"], real(inputs), []
     for b in range(len(ids)):
         seen = (valid[b].cumsum(0) - 1).clamp(min=0)

@@ -1,4 +1,6 @@
-"""Processes for the tests of train_full.py, started as torchrun starts them: forked from a server that has torch loaded."""
+"""Processes for the tests of train_full.py, started as torchrun starts them: forked from a
+server that has torch loaded.
+"""
 import multiprocessing
 import os
 import random
@@ -18,7 +20,9 @@ CONTEXT.set_forkserver_preload(["train_full", "launch"])
 
 
 def free_ports(n):
-    """n ports that are free, below those that outgoing connections are given: some are used only a minute later."""
+    """n ports that are free, below those that outgoing connections are given: some are used only
+    a minute later.
+    """
     found = []
     for port in random.SystemRandom().sample(range(20_000, 32_000), 1_000):
         with closing(socket.socket()) as probe, suppress(OSError):
@@ -31,9 +35,11 @@ def free_ports(n):
 
 @contextmanager
 def changed(*changes, rank=0):
-    """Few samples everywhere, and what a test wants: "dropout", or ("term", "fail" or "nan", steps, rank).
+    """Few samples everywhere, and what a test wants: "dropout", or ("term", "fail" or "nan", steps,
+    rank).
 
-    term, int: this rank gets a SIGTERM, a Ctrl-C after the step; fail: an error; nan: the loss of that step is no number on this rank.
+    term, int: this rank gets a SIGTERM, a Ctrl-C after the step; fail: an error; nan: the loss of
+    that step is no number on this rank.
     """
     advanced, sized, passed = Trainer.train_step, full.model_config, Objective.forward
     numbers = full.SWITCH, full.SHOWN, full.CALIBRATION
@@ -65,7 +71,10 @@ def changed(*changes, rank=0):
 
 
 def work(rank, world, ports, jobs):
-    """One process: every job after the other, (argv, changes). What it prints goes to OUT/rank-0.log .."""
+    """One process: every job after the other, (argv, changes).
+
+    What it prints goes to OUT/rank-0.log ..
+    """
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1")
     for port, (argv, changes) in zip(ports, jobs):

@@ -1,4 +1,6 @@
-"""atomic_files.py: what is written can be read, or is refused before a byte is written; nothing is lost when the disk is full."""
+"""atomic_files.py: what is written can be read, or is refused before a byte is written; nothing
+is lost when the disk is full.
+"""
 import argparse
 import errno
 import io
@@ -44,7 +46,9 @@ def same(one, two):
 
 @given(contents)
 def test_plain_data_comes_back_from_both_kinds_of_file(content):
-    """Whatever mix of Python's and numpy's numbers, texts, lists, tuples and dicts: it is equal, and loads safely."""
+    """Whatever mix of Python's and numpy's numbers, texts, lists, tuples and dicts: it is equal,
+    and loads safely.
+    """
     data = plain({"content": content})
     assert data == {"content": content} and plain(data) == data
     buffer = io.BytesIO()
@@ -112,14 +116,18 @@ def test_words_from_numpy_are_words(tmp_path, words, system):
 
 
 def test_json_has_no_nan(tmp_path):
-    """Numbers that are not finite are null, in a list and a dict too, so that every reader takes the file."""
+    """Numbers that are not finite are null, in a list and a dict too, so that every reader takes
+    the file.
+    """
     write_json(tmp_path / "a.json", {"a": math.nan, "b": [1.5, -math.inf], "c": {"d": math.inf, "NaN": "NaN"}})
     assert json.loads((tmp_path / "a.json").read_text(), parse_constant=lambda name: 1 / 0) == {
         "a": None, "b": [1.5, None], "c": {"d": None, "NaN": "NaN"}}
 
 
 def test_about_is_refused_before_the_samples_are_read(tmp_path):
-    """write_shards(about=..) of what is no JSON: hours of writing are not lost; numpy's numbers are JSON."""
+    """write_shards(about=..) of what is no JSON: hours of writing are not lost; numpy's numbers
+    are JSON.
+    """
     tokenizer = Tokenizer("emu3", ByteText(), Palette(np.zeros((3, 4, 4, 3), np.uint8)), (2, 3), 14)
     read = []
 
@@ -136,7 +144,9 @@ def test_about_is_refused_before_the_samples_are_read(tmp_path):
 # ---------------------------------------------------------------- read back, then renamed
 
 def test_what_does_not_come_back_is_not_renamed(tmp_path, monkeypatch):
-    """A disk that returns other bytes than it was given: an error, the older file stays, nothing else is left."""
+    """A disk that returns other bytes than it was given: an error, the older file stays, nothing
+    else is left.
+    """
     save_data(tmp_path / "a.pt", {"x": torch.zeros(3)})
     real = torch.load
     for damage in (lambda data: {}, lambda data: data | {"x": torch.zeros(4)}, lambda data: 1 / 0):
@@ -149,7 +159,9 @@ def test_what_does_not_come_back_is_not_renamed(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("error", (KeyboardInterrupt, ValueError, MemoryError))
 def test_nothing_is_left_of_a_file_that_was_not_finished(tmp_path, error):
-    """Whatever ends the writing, Ctrl-C too: no temporary file, no half of a file; a new folder is made for a file."""
+    """Whatever ends the writing, Ctrl-C too: no temporary file, no half of a file; a new folder
+    is made for a file.
+    """
     with pytest.raises(error), whole_file(tmp_path / "new" / "a.txt") as file:
         file.write("half")
         raise error
@@ -162,7 +174,9 @@ def test_nothing_is_left_of_a_file_that_was_not_finished(tmp_path, error):
 @pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="a limit on a file's size stands for the full disk")
 @pytest.mark.parametrize("kind", ("checkpoint", "pretrained", "array", "json"))
 def test_a_full_disk_is_an_error_of_the_disk(tmp_path, kind):
-    """Wherever the room ends: one OSError that says so, what was there before is whole, nothing else is left."""
+    """Wherever the room ends: one OSError that says so, what was there before is whole, nothing
+    else is left.
+    """
     if kind == "pretrained":
         pytest.importorskip("safetensors")
     first, second = build(tiny("emu3", d_ff=400), PLAN, 0, torch.float32), build(tiny("emu3", d_ff=400), PLAN, 1, torch.float32)
@@ -248,7 +262,9 @@ def test_a_compiled_model_generates_and_trains(backbone):
 
 
 def test_tied_weights_are_written_twice(tmp_path):
-    """A head that shares the embedding's memory: both names are in the folder, nothing else is left there."""
+    """A head that shares the embedding's memory: both names are in the folder, nothing else is
+    left there.
+    """
     pytest.importorskip("safetensors")
     model = small()
     model.head.weight = model.embed.weight

@@ -1,4 +1,6 @@
-"""unimod_mini.cache: decoding behind a cache against the one causal forward, and what the cache holds, in float64."""
+"""unimod_mini.cache: decoding behind a cache against the one causal forward, and what the cache
+holds, in float64.
+"""
 import math
 
 import pytest
@@ -23,7 +25,9 @@ def one_plan(*keep, **changes):
 
 
 def cuts(inputs, data):
-    """Any places to cut the sequence that lie inside no span (padding inside a span belongs to it)."""
+    """Any places to cut the sequence that lie inside no span (padding inside a span belongs to
+    it).
+    """
     T, inside = inputs["ids"].shape[1], set()
     for row in (inputs["spans"] if inputs["spans"] is not None else []):
         for n in row.unique()[row.unique() != 0]:
@@ -35,7 +39,9 @@ def cuts(inputs, data):
 
 @torch.no_grad()
 def feed(model, task, inputs, edges, cache=None):
-    """The tokens in chunks that end at `edges` -> logits (B, T, V), membership (B, T) by layer, the cache."""
+    """The tokens in chunks that end at `edges` -> logits (B, T, V), membership (B, T) by layer,
+    the cache.
+    """
     B, T = inputs["ids"].shape
     cache, outs = cache or Cache(model, task, B, T), []
     for start, stop in zip([0, *edges], [*edges, T]):
@@ -49,8 +55,10 @@ def feed(model, task, inputs, edges, cache=None):
 @settings(max_examples=150, deadline=None)
 @given(**everything, ties=st.booleans())
 def test_any_chunks_equal_the_full_forward(backbone, task, plan, data, ties):
-    """Cuts that spare the spans, padding and spans anywhere, fresh routers that tie: the logits and the membership of
-    one causal forward; and every layer's cache holds exactly its routed tokens, by position, row for row."""
+    """Cuts that spare the spans, padding and spans anywhere, fresh routers that tie: the logits and
+    the membership of one causal forward; and every layer's cache holds exactly its routed tokens,
+    by position, row for row.
+    """
     model = build(tiny(backbone), plan)
     if ties:
         for name, weight in model.named_parameters():
@@ -78,8 +86,9 @@ def test_any_chunks_equal_the_full_forward(backbone, task, plan, data, ties):
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(**everything)
 def test_a_row_equals_the_row_alone(monkeypatch, by_row, backbone, task, plan, data):
-    """Decoding a padded batch one token at a time gives each row's logits as if it were decoded alone, unpadded;
-    row by row, as on a CPU, and side by side, as on a GPU."""
+    """Decoding a padded batch one token at a time gives each row's logits as if it were decoded
+    alone, unpadded; row by row, as on a CPU, and side by side, as on a GPU.
+    """
     monkeypatch.setattr(cache_module, "BY_ROW", by_row)
     model = build(tiny(backbone), plan)
     inputs = data.draw(calls(model.config, places="default", padding=paddings, spans=False))
@@ -93,7 +102,9 @@ def test_a_row_equals_the_row_alone(monkeypatch, by_row, backbone, task, plan, d
 @settings(max_examples=25, deadline=None)
 @given(data=st.data(), task=st.sampled_from(("t2i", "mmu")))
 def test_a_dense_plan_is_the_dense_model(backbone, task, data):
-    """Without routed layers cached decoding gives the logits of the uncached model under either rule."""
+    """Without routed layers cached decoding gives the logits of the uncached model under either
+    rule.
+    """
     model = build(tiny(backbone))
     inputs = data.draw(calls(model.config, places="default", padding=paddings))
     logits, _, _ = feed(model, task, inputs, cuts(inputs, data))
@@ -106,8 +117,10 @@ def test_a_dense_plan_is_the_dense_model(backbone, task, data):
 @settings(max_examples=40, deadline=None)
 @given(keep=st.lists(keeps, min_size=3, max_size=3), data=st.data(), force=st.booleans())
 def test_bytes(backbone, keep, data, force):
-    """nbytes is what the tensors take and nbytes(used=True) the routed tokens' part, also after growing; a layer with
-    keep 0 has no cache; memory starts at the plan's capacity and follows a row that keeps every token."""
+    """nbytes is what the tensors take and nbytes(used=True) the routed tokens' part, also after
+    growing; a layer with keep 0 has no cache; memory starts at the plan's capacity and follows a
+    row that keeps every token.
+    """
     model = build(tiny(backbone), one_plan(*keep))
     if force:                                              # every token wants in
         for threshold in model.buffers():
@@ -118,7 +131,8 @@ def test_bytes(backbone, keep, data, force):
                                **near)
     config, (B, T) = model.config, inputs["ids"].shape
     total, used = 2 * 8 * B, 0                             # the two counters of the whole cache
-    a_token = 2 * config.n_kv_head * config.head_width * 8 + 4                # k and v in float64, a position in int32
+    # k and v in float64, a position in int32
+    a_token = 2 * config.n_kv_head * config.head_width * 8 + 4
     for layer, share in zip(cache.layers, keep):
         if layer is not None:
             counts = layer.counts
@@ -131,7 +145,9 @@ def test_bytes(backbone, keep, data, force):
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_skipped_tokens_run_no_block(backbone):
-    """While decoding a batch, each block sees exactly the tokens that its layer routes, and none when it routes none."""
+    """While decoding a batch, each block sees exactly the tokens that its layer routes, and none
+    when it routes none.
+    """
     model = build(tiny(backbone), one_plan(1, .4, .3), seed=3)
     ran = [[] for _ in model.blocks]
     for block, seen in zip(model.blocks, ran):
@@ -147,7 +163,9 @@ def test_skipped_tokens_run_no_block(backbone):
 @settings(max_examples=30, deadline=None)
 @given(plan=plans(), data=st.data(), seed=seeds)
 def test_rewind_forgets(backbone, plan, data, seed):
-    """After rewind(mark) the cache answers as if what came after the mark had never been fed, image positions too."""
+    """After rewind(mark) the cache answers as if what came after the mark had never been fed,
+    image positions too.
+    """
     model = build(tiny(backbone, image_positions=4), plan)
     ids = torch.randint(30, (2, 12), generator=torch.Generator().manual_seed(seed))
     cut, other = data.draw(st.integers(1, 8)), torch.flip(ids, (1,))
@@ -164,29 +182,35 @@ def test_rewind_forgets(backbone, plan, data, seed):
 
 
 def test_where_a_span_ended_is_known_row_by_row():
-    """A row that is padding throughout a chunk stands where it stood, whatever span lies under its padding; rewind brings back
-    where the rows stood."""
+    """A row that is padding throughout a chunk stands where it stood, whatever span lies under its
+    padding; rewind brings back where the rows stood.
+    """
     model = build(tiny("showo"), one_plan(1, .5, 1))
     ids, spans = torch.randint(30, (2, 3)), torch.ones(2, 3, dtype=torch.long)
     valid = torch.tensor([[True] * 3, [False] * 3])
     with torch.no_grad():
         cache = Cache(model, "mmu", 2, 12)
-        model(ids, task="mmu", routing="causal", cache=cache, spans=spans, valid=valid)      # row 0 ends in span 1
+        # row 0 ends in span 1
+        model(ids, task="mmu", routing="causal", cache=cache, spans=spans, valid=valid)
         mark = cache.mark()
         model(ids, task="mmu", routing="causal", cache=cache, spans=2 * spans - valid.long(), valid=~valid)  # row 1 in 2
         with pytest.raises(ValueError, match="a chunk cuts a bidirectional span"):
-            model(ids, task="mmu", routing="causal", cache=cache, spans=spans, valid=valid)  # row 0 goes on with 1
+            # row 0 goes on with 1
+            model(ids, task="mmu", routing="causal", cache=cache, spans=spans, valid=valid)
         cache.rewind(mark)
         model(ids, task="mmu", routing="causal", cache=cache, spans=2 * spans - valid.long(), valid=~valid)
         cache.rewind(mark)
         with pytest.raises(ValueError, match="a chunk cuts a bidirectional span"):
             model(ids, task="mmu", routing="causal", cache=cache, spans=spans, valid=valid)
-        model(ids, task="mmu", routing="causal", cache=cache, spans=spans, valid=~valid)     # row 1 begins: allowed
+        # row 1 begins: allowed
+        model(ids, task="mmu", routing="causal", cache=cache, spans=spans, valid=~valid)
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_rows_that_finish_early(backbone):
-    """A row whose later tokens are padding stores nothing more, and the others go on undisturbed."""
+    """A row whose later tokens are padding stores nothing more, and the others go on
+    undisturbed.
+    """
     model = build(tiny(backbone), one_plan(1, .5, .5))
     ids = torch.randint(30, (3, 10), generator=torch.Generator().manual_seed(1))
     valid = torch.arange(10) < torch.tensor([[10], [4], [7]])
@@ -199,8 +223,10 @@ def test_rows_that_finish_early(backbone):
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_bf16_with_membership_forced(backbone, monkeypatch):
-    """In bf16 a score may fall on the other side of its threshold; with the membership given by position the cached
-    logits are the uncached ones up to bf16 noise, and no later token reaches an earlier logit."""
+    """In bf16 a score may fall on the other side of its threshold; with the membership given by
+    position the cached logits are the uncached ones up to bf16 noise, and no later token reaches an
+    earlier logit.
+    """
     monkeypatch.setattr(TaskRouter, "causal_selection",
                         lambda self, scores, logits, task, keep, context, before=None:
                         (context.positions * 5 % 7 < 7 * keep) & (True if context.valid is None else context.valid))
@@ -241,7 +267,9 @@ def test_a_chunk_of_padding_alone():
     (dict(ids=torch.zeros(2, 9, dtype=torch.long)), "9 tokens, but this cache and its model take 8 at most"),
 ])
 def test_calls_that_cannot_be_right(case, message):
-    """A cache used for another task, other rows, explicit positions or too many tokens is a ValueError."""
+    """A cache used for another task, other rows, explicit positions or too many tokens is a
+    ValueError.
+    """
     model = UnifiedTransformer(tiny("emu3"), one_plan(1, .5, 1))
     call = dict(ids=torch.zeros(2, 2, dtype=torch.long), task="mmu", routing="causal", cache=Cache(model, "mmu", 2, 8))
     with pytest.raises(ValueError, match=message):
@@ -250,7 +278,9 @@ def test_calls_that_cannot_be_right(case, message):
 
 @pytest.mark.parametrize("cut", range(1, 10))
 def test_a_chunk_that_cuts_a_span(cut):
-    """A span in two chunks would be routed and masked wrongly: a ValueError, also when padding lies at the cut."""
+    """A span in two chunks would be routed and masked wrongly: a ValueError, also when padding
+    lies at the cut.
+    """
     model = build(tiny("showo"), one_plan(1, .5, 1))
     ids, spans = torch.arange(20).view(2, 10), torch.tensor([[0, 0, 1, 1, 1, 1, 1, 0, 0, 0]] * 2)
     valid = torch.ones(2, 10, dtype=torch.bool)
@@ -273,7 +303,9 @@ def test_padding_goes_on_with_no_span():
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_rows_that_begin_late(backbone):
-    """A chunk that is the first of one row and the second of another: each token sees its own row's earlier ones."""
+    """A chunk that is the first of one row and the second of another: each token sees its own
+    row's earlier ones.
+    """
     model = build(tiny(backbone), one_plan(1, 1, 1))
     ids = torch.arange(10).view(2, 5)
     valid = torch.tensor([[False, False, True, True, True], [True, True, True, False, False]])
@@ -283,7 +315,9 @@ def test_rows_that_begin_late(backbone):
 
 
 def test_a_cache_grows_by_halves():
-    """A row that needs more than the plan's capacity gets half as much again, up to max_length, not a slot at a time."""
+    """A row that needs more than the plan's capacity gets half as much again, up to max_length,
+    not a slot at a time.
+    """
     model, sizes = build(tiny("emu3"), one_plan(.1, 1, 1)), []
     model.router(0, "mmu").threshold_mmu.fill_(-math.inf)  # routes every token
     cache = Cache(model, "mmu", 1, 40)
@@ -294,7 +328,9 @@ def test_a_cache_grows_by_halves():
 
 
 def test_what_is_stored_carries_no_gradient():
-    """Without no_grad the cache still holds plain numbers, and a step does not drag the last one's graph along."""
+    """Without no_grad the cache still holds plain numbers, and a step does not drag the last
+    one's graph along.
+    """
     model = build(tiny("emu3"), one_plan(1, .5, 1))
     cache = Cache(model, "mmu", 1, 8)
     for i in range(3):
@@ -316,7 +352,9 @@ def test_another_dtype_in_a_later_chunk():
 @pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("layer", range(3))
 def test_a_chunk_that_failed_half_way_is_forgotten(backbone, layer):
-    """An error in any layer: the same chunk, fed again, gives the logits and the counts of a cache that met no error."""
+    """An error in any layer: the same chunk, fed again, gives the logits and the counts of a
+    cache that met no error.
+    """
     model = build(tiny(backbone, image_positions=4), one_plan(1, .5, .7))
     (a, b), logits = (torch.tensor([[1, 21, 22], [2, 3, 23]]), torch.tensor([[4, 24], [25, 5]])), []
     for fails in (False, True):

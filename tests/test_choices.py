@@ -1,4 +1,6 @@
-"""benchmarks/choices.py, where the values of a field go on from one dense model; analysis.py, tasks.py, quality.py too."""
+"""benchmarks/choices.py, where the values of a field go on from one dense model; analysis.py,
+tasks.py, quality.py too.
+"""
 import json
 import sys
 from dataclasses import replace
@@ -26,7 +28,10 @@ def run(monkeypatch, capsys):
 
 
 def test_every_choice_has_its_line(run, tmp_path, monkeypatch):
-    """A line for a value of the field: four losses, four accuracies, agreement and base rate. The dense model is kept."""
+    """A line for a value of the field: four losses, four accuracies, agreement and base rate.
+
+    The dense model is kept.
+    """
     monkeypatch.setitem(choices.FIELDS, "membership", ("router",))
     dense = tmp_path / "dense.pt"
     names, values = (line.split() for line in run("membership", "--steps", "2", "--scenes", "7", "--dense", str(dense))[-2:])
@@ -37,7 +42,9 @@ def test_every_choice_has_its_line(run, tmp_path, monkeypatch):
 
 
 def test_the_methods_of_the_comparison():
-    """Those that ARank decides and basic MoD meet the budget, the others save what they save; a field changes no plan."""
+    """Those that ARank decides and basic MoD meet the budget, the others save what they save; a
+    field changes no plan.
+    """
     config = choices.toy.ModelConfig.preset("toy-emu3")
     table = {"t2i": [0.9, 0.5, 0.2, 0.3, 0.6, 0.4, 0.3, 0.2], "mmu": [0.8, 0.2, 0.2, 0.1, 0.3, 0.3, 0.4, 0.6]}
     lengths = {"t2i": 90, "mmu": 100}
@@ -56,9 +63,12 @@ def test_the_methods_of_the_comparison():
 
 
 def test_who_ranks_in_training(run, monkeypatch):
-    """Two steps of each choice: in turns, the router twice, the predictors twice; questions always by the router."""
+    """Two steps of each choice: in turns, the router twice, the predictors twice; questions
+    always by the router.
+    """
     seen, losses = {"t2i": [], "mmu": []}, choices.objectives.task_losses
-    monkeypatch.setattr(choices.objectives, "training_rules", choices.objectives.training_rules)   # restored afterwards
+    # restored afterwards
+    monkeypatch.setattr(choices.objectives, "training_rules", choices.objectives.training_rules)
 
     def record(model, batch, task, rule):
         seen[task].append(rule)
@@ -72,8 +82,9 @@ def test_who_ranks_in_training(run, monkeypatch):
 
 
 def test_without_routers_the_position_decides():
-    """The same positions whatever the tokens, in other layers others; every stretch of 30 has the layer's share, and
-    causal routing keeps what top-k keeps."""
+    """The same positions whatever the tokens, in other layers others; every stretch of 30 has the
+    layer's share, and causal routing keeps what top-k keeps.
+    """
     torch = choices.toy.torch
     keep = (1.0, 0.3, 0.3)
     config = replace(choices.toy.ModelConfig.preset("toy-emu3"), n_layer=3)
@@ -90,7 +101,9 @@ def test_without_routers_the_position_decides():
 
 
 def test_arank_in_the_order_of_the_loss():
-    """The values are ARank's; the smallest belongs to the layer that the task's loss misses least: here one that is zero."""
+    """The values are ARank's; the smallest belongs to the layer that the task's loss misses
+    least: here one that is zero.
+    """
     torch = choices.toy.torch
     dense = choices.toy.UnifiedTransformer(replace(choices.toy.ModelConfig.preset("toy-emu3"), n_layer=3))
     with torch.no_grad():
@@ -100,13 +113,16 @@ def test_arank_in_the_order_of_the_loss():
             p.zero_()
         dense.head.weight.normal_()
         ids = torch.randint(0, 100, (4, 12))
-        labels = dense(ids, task="mmu").logits.argmax(-1)  # the whole model is right, so every other layer is missed
+        # the whole model is right, so every other layer is missed
+        labels = dense(ids, task="mmu").logits.argmax(-1)
     table = choices.by_loss(dense, {"mmu": [0.1, 0.3, 0.2]}, {"mmu": Batch(ids, None, None, labels)})
     assert table["mmu"][1] == 0.1 and sorted(table["mmu"]) == [0.1, 0.2, 0.3]
 
 
 def test_measures_and_budgets(run, tmp_path):
-    """--only runs some of the choices, --budget holds for all of them; a choice does not depend on those before it."""
+    """--only runs some of the choices, --budget holds for all of them; a choice does not depend
+    on those before it.
+    """
     dense = ["--steps", "2", "--scenes", "7", "--dense", str(tmp_path / "dense.pt"), "--budget", "0.5"]
     two = run("measure", *dense, "--only", "rank 0.1", "energy 0.1")[-2:]
     one = run("measure", *dense, "--only", "energy 0.1")[-1:]
@@ -134,10 +150,11 @@ def test_a_foreign_dense_model_is_refused(run, tmp_path, capsys):
     assert f"{file} holds another model" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------- benchmarks/analysis.py
 
 def test_observations(run, tmp_path):
-    """A line a layer and a column for each number, which the file of JSON has too; a drawing beside it."""
+    """A line a layer and a column for each number, which the file of JSON has too; a drawing
+    beside it.
+    """
     file = tmp_path / "new" / "found.json"
     lines = run("observations", "--steps", "2", "--scenes", "7", "--out", str(file), module=analysis)
     found = json.loads(file.read_text())["found"]
@@ -155,7 +172,9 @@ def test_observations(run, tmp_path):
 
 
 def test_synergy(run, tmp_path):
-    """Both tasks, then each alone, dense and UniMoD: every task's scores, and of a task that was trained alone no others."""
+    """Both tasks, then each alone, dense and UniMoD: every task's scores, and of a task that was
+    trained alone no others.
+    """
     file = tmp_path / "found.json"
     lines = run("synergy", "--steps", "2", "--scenes", "7", "--out", str(file), module=analysis)
     rows = json.loads(file.read_text())["found"]
@@ -168,7 +187,9 @@ def test_synergy(run, tmp_path):
 
 
 def test_plans(run, tmp_path, monkeypatch):
-    """A line for each number of samples and for each measure of rank; the keep ratios are the plans' own."""
+    """A line for each number of samples and for each measure of rank; the keep ratios are the
+    plans' own.
+    """
     monkeypatch.setattr(analysis, "DRAWS", 2), monkeypatch.setattr(analysis, "COUNTS", (1, 4))
     file = tmp_path / "found.json"
     lines = run("plans", "--steps", "2", "--out", str(file), module=analysis)
@@ -176,18 +197,20 @@ def test_plans(run, tmp_path, monkeypatch):
     assert [row["samples"] for row in found["samples"]] == [1, 4] and len(lines) == 2 + len(choices.MEASURES)
     assert all(row[name] >= 0 for row in found["samples"] for name in ("arank", "keep", "kind"))
     assert list(found["measures"]) == list(choices.MEASURES)
-    first = found["measures"]["rank 1e-7"]["t2i"]          # every layer has full rank: the same keep everywhere
+    # every layer has full rank: the same keep everywhere
+    first = found["measures"]["rank 1e-7"]["t2i"]
     assert len(first) == 8 and max(first) - min(first) < 0.2
 
 
-# ---------------------------------------------------------------------------------------------- benchmarks/tasks.py
 
 def test_readings_can_be_answered_from_their_texts():
-    """The scene in words, read back word by word, has exactly the answer; the longest fits the task's budget."""
+    """The scene in words, read back word by word, has exactly the answer; the longest fits the
+    task's budget.
+    """
     world, tokenizer = tasks.toy.make_world(tasks.toy.parse([]))
     small, asked = replace(world, max_objects=2), Random(0)
     for scene, question in tasks.readings(small, 300, asked):
-        things = [part.split()[1:] for part in scene.split(" and ")]                      # colour, shape, place
+        things = [part.split()[1:] for part in scene.split(" and ")]  # colour, shape, place
         words = question.text.split()
         if question.category == "color":
             found = [color for color, shape, place in things if words[-2] in (shape, place)]
@@ -203,7 +226,9 @@ def test_readings_can_be_answered_from_their_texts():
 
 
 def test_three_tasks_in_one_model(run, tmp_path, monkeypatch):
-    """Three rows of a plan within the budget of a step's FLOPs, three accuracies, dense and UniMoD."""
+    """Three rows of a plan within the budget of a step's FLOPs, three accuracies, dense and
+    UniMoD.
+    """
     monkeypatch.setattr(tasks, "COUNTS", {"t2i": 2, "mmu": 2, "lm": 2})
     monkeypatch.setattr(tasks, "SWITCH", dict.fromkeys(tasks.COUNTS, 4))
     lines = run("--steps", "2", "--scenes", "14", "--out", str(tmp_path / "found.json"), module=tasks)
@@ -219,7 +244,6 @@ def test_rank_correlation():
     assert up == pytest.approx(1) == -down
 
 
-# -------------------------------------------------------------------------------------------- benchmarks/quality.py
 
 @pytest.fixture
 def toy_checkpoint(tmp_path):
@@ -239,7 +263,9 @@ def toy_checkpoint(tmp_path):
 
 
 def test_a_wrong_label_means_the_other_tasks_decisions(toy_checkpoint):
-    """Relabelled, a task keeps what the other kept, to the bit; relabelled again, the model is what it was."""
+    """Relabelled, a task keeps what the other kept, to the bit; relabelled again, the model is
+    what it was.
+    """
     (model, _), torch = toy_checkpoint, choices.toy.torch
     wrong, ids = quality.relabelled(model), torch.randint(0, 30, (2, 40))
     for task, other in quality.OTHER.items():
@@ -253,7 +279,9 @@ def test_a_wrong_label_means_the_other_tasks_decisions(toy_checkpoint):
 
 @pytest.mark.parametrize("labels", [[], ["--labels"]])
 def test_quality(run, toy_checkpoint, tmp_path, labels):
-    """A line for each task and split, what it says is in the file, and the difference is that of the accuracies."""
+    """A line for each task and split, what it says is in the file, and the difference is that of
+    the accuracies.
+    """
     _, file = toy_checkpoint
     lines = run(str(file), "--scenes", "7", "--out", str(tmp_path / "found.json"), *labels, module=quality)
     rows = json.loads((tmp_path / "found.json").read_text())[str(file)]
@@ -264,8 +292,9 @@ def test_quality(run, toy_checkpoint, tmp_path, labels):
 
 
 def test_what_occurred_in_training(run, toy_checkpoint, tmp_path, monkeypatch):
-    """The data that is made again is what train_toy.py trains on: its pictures and captions, and no sample of ARank's.
-    Scenes are counted on one side or the other."""
+    """The data that is made again is what train_toy.py trains on: its pictures and captions, and no
+    sample of ARank's. Scenes are counted on one side or the other.
+    """
     toy = choices.toy
     monkeypatch.setitem(toy.SETTINGS, "emu3", toy.SETTINGS["emu3"] | {"t2i": 3, "mmu": 2, "steps": 4})
     world, tokenizer = toy.make_world(toy.parse([]))
@@ -279,7 +308,7 @@ def test_what_occurred_in_training(run, toy_checkpoint, tmp_path, monkeypatch):
     pictures = {tuple(i - tokenizer.image_start for i in row if tokenizer.image_start <= i < tokenizer.image_end) for row in rows}
     found = quality.training_data(tokenizer, 3)
     assert found.pictures == pictures and len(pictures) > 20
-    prompts = [tokenizer.t2i_prompt(caption) for caption in ["", *found.captions]]           # "": dropped
+    prompts = [tokenizer.t2i_prompt(caption) for caption in ["", *found.captions]]  # "": dropped
     met = {prompts.index(row[:row.index(tokenizer.special["img"]) + 1]) for step in batches for row in step["t2i"].ids.tolist()}
     assert len(met - {0}) > len(found.captions) / 2
     assert {(picture, text) for picture, text in found.asked if picture in pictures} == found.asked != set()
@@ -299,7 +328,9 @@ def test_a_checkpoint_that_is_not_there_is_named_first(run, capsys):
 
 
 def test_paired_differences():
-    """Three scenes, one of them judged otherwise: a third of a point each way, and its standard error by hand."""
+    """Three scenes, one of them judged otherwise: a third of a point each way, and its standard
+    error by hand.
+    """
     row = quality.paired([("a", True), ("b", False), ("c", True)], [("a", True), ("b", True), ("c", True)])
     assert (row["first"], row["second"], row["points"]) == pytest.approx((2 / 3, 1, 100 / 3))
     assert row["standard_error"] == pytest.approx(100 / 3) and row["alike"] == pytest.approx(2 / 3)

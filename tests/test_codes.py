@@ -1,4 +1,6 @@
-"""Weights that others trained: pictures that are codes, from .npy files through shards and train_full.py to answers."""
+"""Weights that others trained: pictures that are codes, from .npy files through shards and
+train_full.py to answers.
+"""
 import io
 import json
 import shutil
@@ -38,7 +40,9 @@ def npy(array):
 
 
 def folder_of(path, n=12):
-    """A folder of .npy files with metadata.jsonl; a third each as (3, 3), as (1, 3, 3), as (1, 9) in 16 bits."""
+    """A folder of .npy files with metadata.jsonl; a third each as (3, 3), as (1, 3, 3), as (1,
+    9) in 16 bits.
+    """
     path.mkdir()
     for i in range(n):
         shape, dtype = (((SIDE, SIDE), "i8"), ((1, SIDE, SIDE), "u1"), ((1, SIDE**2), "u2"))[i % 3]
@@ -67,7 +71,9 @@ def samples_of(folder, task):
 # ---------------------------------------------------------------- the codec
 
 def test_codes_stay_as_they_are():
-    """encode and decode are the identity, to long; pixels, floats and codes out of range are refused."""
+    """encode and decode are the identity, to long; pixels, floats and codes out of range are
+    refused.
+    """
     codec, codes = Codes(20), torch.arange(18).view(2, 3, 3)
     for dtype in (torch.long, torch.int32, torch.uint8):
         for same in (codec.encode(codes.to(dtype)), codec.decode(codes.to(dtype))):
@@ -84,7 +90,9 @@ def test_codes_stay_as_they_are():
 
 @pytest.mark.parametrize("backbone", ("showo", "emu3"))
 def test_draw_and_ask_in_codes(backbone):
-    """generate_image returns codes, generate_text takes them; the tokenizer comes back from its state."""
+    """generate_image returns codes, generate_text takes them; the tokenizer comes back from its
+    state.
+    """
     tokenizer = Tokenizer(backbone, ByteText(), Codes(7), (2, 3), 30)
     tokenizer = Tokenizer.from_state(tokenizer.state())
     model = UnifiedTransformer(tiny(backbone, vocab_size=tokenizer.vocab_size, image_start=tokenizer.image_start,
@@ -99,7 +107,9 @@ def test_draw_and_ask_in_codes(backbone):
 # ---------------------------------------------------------------- from files to shards
 
 def test_the_same_codes_in_every_format(tmp_path):
-    """A folder, a tar that has pictures beside them, and questions: the codes of the files, to the last one."""
+    """A folder, a tar that has pictures beside them, and questions: the codes of the files, to
+    the last one.
+    """
     folder = folder_of(tmp_path / "a")
     files = {f"{i}.{suffix}": content for i in range(12) for suffix, content in (
         ("jpg", b"not looked at"), ("npy", npy(picture(i))), ("txt", f"picture {i}".encode()))}
@@ -120,7 +130,9 @@ def test_the_same_codes_in_every_format(tmp_path):
 
 
 def test_broken_codes_are_listed(tmp_path):
-    """What is no .npy of (3, 3) integers in the range is named with the reason, the rest is kept."""
+    """What is no .npy of (3, 3) integers in the range is named with the reason, the rest is
+    kept.
+    """
     folder = folder_of(tmp_path / "a")
     wrong = {0: npy(picture(0)[:2]), 1: npy(picture(1) + 0.5), 2: npy(picture(2) * 0 + N_CODES), 3: npy(picture(3) - 99),
              4: npy(picture(4))[:90], 5: b"", 6: npy(np.array([{}], dtype=object)), 7: npy(picture(7)[:, None, :2]),
@@ -180,7 +192,6 @@ def test_a_codec_of_codes_sees_no_pixels(job, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-# ---------------------------------------------------------------- train_full.py on weights of Hugging Face's format
 
 @pytest.fixture(scope="module", params=("showo", "emu3"))
 def job(request, tmp_path_factory):
@@ -202,8 +213,9 @@ def begin(root, out, *more):
 
 @pytest.mark.parametrize("planned", (False, True))
 def test_a_run_begins_with_these_weights(job, tmp_path, planned):
-    """--init of a folder of Hugging Face: its sizes in place of the preset's, its weights bit by bit, dense or with a
-    plan; lengths and first image code are those of the data."""
+    """--init of a folder of Hugging Face: its sizes in place of the preset's, its weights bit by
+    bit, dense or with a plan; lengths and first image code are those of the data.
+    """
     root, model = job
     plan = Plan({"t2i": (1, .5, 0), "mmu": (.5, 1, 1)})
     plan.save(tmp_path / "plan.json")
@@ -218,8 +230,9 @@ def test_a_run_begins_with_these_weights(job, tmp_path, planned):
 
 
 def test_from_codes_to_a_routed_model(job, tmp_path, capsys):
-    """Dense, layer switch, UniMoD, drawn codes as .npy; stopped and resumed it is the same model; it answers and draws
-    from the command line."""
+    """Dense, layer switch, UniMoD, drawn codes as .npy; stopped and resumed it is the same model;
+    it answers and draws from the command line.
+    """
     root, _ = job
     given = ["--data", str(root / "shards"), *TINY, "--init", str(root / "hf"), "--budget", "0.8", "--save-every", "1",
              "--dense", "0.5"]
@@ -233,7 +246,8 @@ def test_from_codes_to_a_routed_model(job, tmp_path, capsys):
     assert model.plan == again.plan != Plan.dense(3)
     assert all(torch.equal(x, again.state_dict()[name]) for name, x in model.state_dict().items())
     drawn = np.load(tmp_path / "a" / "samples" / "step-00000004.npy")
-    assert drawn.shape == (2, SIDE, SIDE) and drawn.min() >= 0 and drawn.max() < N_CODES       # drawn, and asked about
+    # drawn, and asked about
+    assert drawn.shape == (2, SIDE, SIDE) and drawn.min() >= 0 and drawn.max() < N_CODES
     common = ["--checkpoint", str(tmp_path / "a" / "model.pt"), "--device", "cpu", "--explain", "--out",
               str(tmp_path / "x.npy")]
     generate([*common, "--prompt", "picture 1"])
@@ -241,7 +255,7 @@ def test_from_codes_to_a_routed_model(job, tmp_path, capsys):
     tokenizer = Tokenizer.from_state(stored["tokenizer"])
     want = generate_image(model, tokenizer, "picture 1", **stored["drawing"])
     assert np.array_equal(np.load(tmp_path / "x.npy"), want.numpy())
-    np.save(tmp_path / "row.npy", want.view(1, -1).numpy().astype(">u2"))       # as prepare takes them
+    np.save(tmp_path / "row.npy", want.view(1, -1).numpy().astype(">u2"))  # as prepare takes them
     for name in ("x.npy", "row.npy"):
         generate([*common, "--image", str(tmp_path / name), "--question", "what ?"])
         assert f"what ? {generate_text(model, tokenizer, want, 'what ?')}" in capsys.readouterr().out
@@ -267,8 +281,9 @@ def test_the_plan_is_of_the_weights_as_they_came(job, tmp_path):
 
 
 def test_another_vocabulary_is_refused(job, tmp_path):
-    """Data of other codes, weights of the other backbone, or of pictures of another size: what both have, before
-    anything is written."""
+    """Data of other codes, weights of the other backbone, or of pictures of another size: what both
+    have, before anything is written.
+    """
     root, model = job
     other = "emu3" if model.config.backbone == "showo" else "showo"
     more = model.config.vocab_size + 1
@@ -284,8 +299,10 @@ def test_another_vocabulary_is_refused(job, tmp_path):
 
 
 def test_a_run_needs_its_first_weights_once(job, tmp_path):
-    """The folder of the weights may move, or be --out itself: a run goes on from its own checkpoint, and its model
-    begins another run, without a preset. With one that has other sizes it is refused."""
+    """The folder of the weights may move, or be --out itself: a run goes on from its own
+    checkpoint, and its model begins another run, without a preset. With one that has other sizes it
+    is refused.
+    """
     root, model = job
     folder = shutil.copytree(root / "hf", tmp_path / "hf")
     given = ["--data", str(root / "shards"), *TINY, "--dense", "1", "--save-every", "1", "--out", str(folder)]

@@ -31,7 +31,8 @@ def test_a_closed_pipe_ends_without_a_word(words):
     """`| head -1`, whose reader is gone before the first line: no traceback, no message."""
     process = python(*words, "--help")
     process.stdout.close()
-    assert process.stderr.read() == b"" and process.wait() in (0, 141)       # 0: argparse saw the closed pipe first
+    # 0: argparse saw the closed pipe first
+    assert process.stderr.read() == b"" and process.wait() in (0, 141)
 
 
 @pytest.mark.parametrize("error, code, said", [
@@ -39,7 +40,9 @@ def test_a_closed_pipe_ends_without_a_word(words):
     (ImportError("pip install x"), 1, "error: pip install x\n"), (KeyboardInterrupt(), 130, "told\n"),
     (BrokenPipeError(), 141, "")])
 def test_errors_are_one_line(error, code, said):
-    """What a command raises is one line on stderr and a status that is not 0; what it printed before is printed."""
+    """What a command raises is one line on stderr and a status that is not 0; what it printed
+    before is printed.
+    """
     text = f"""from unimod_mini.console import command
 with command(stopped="told"):
     print("before")
@@ -91,7 +94,7 @@ def in_terminal(text, env):
     while True:
         try:
             piece = os.read(master, 4096)
-        except OSError:                                    # Linux says so of a terminal whose last writer is gone
+        except OSError:  # Linux says so of a terminal whose last writer is gone
             break
         if not piece:
             break
@@ -111,7 +114,9 @@ def test_progress_with_a_terminal_is_a_bar():
 
 
 def test_progress_without_a_terminal_is_lines(capfd):
-    """One at the beginning and one at the end of a short loop: no carriage return, no colour, no empty line."""
+    """One at the beginning and one at the end of a short loop: no carriage return, no colour, no
+    empty line.
+    """
     out = subprocess.run([sys.executable, "-c", LOOP], capture_output=True, cwd=ROOT)
     lines = out.stderr.decode().splitlines()
     assert b"\r" not in out.stderr and b"\x1b" not in out.stderr and len(lines) == 2
@@ -119,7 +124,9 @@ def test_progress_without_a_terminal_is_lines(capfd):
 
 
 def test_lines_come_each_so_often(monkeypatch, capsys):
-    """A long loop says where it is every half minute (here: every tenth of a second), not at every step."""
+    """A long loop says where it is every half minute (here: every tenth of a second), not at
+    every step.
+    """
     monkeypatch.setattr("unimod_mini.console.EVERY", 0.1)
     import time
     for _ in progress_bar(range(40), desc="work"):

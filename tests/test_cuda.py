@@ -1,4 +1,7 @@
-"""The same on a CUDA device as on the CPU: forward, cache, drawing, answers, training. Skipped where there is none."""
+"""The same on a CUDA device as on the CPU: forward, cache, drawing, answers, training.
+
+Skipped where there is none.
+"""
 import copy
 
 import pytest
@@ -34,8 +37,9 @@ def moved(inputs):
 @given(backbone=st.sampled_from(BACKBONES), task=st.sampled_from(("t2i", "mmu")), plan=plans(), data=st.data(),
        rule=st.sampled_from(("topk", "predicted", "causal")))
 def test_forward_is_that_of_the_cpu(backbone, task, plan, data, rule):
-    """float64, any padding, spans and positions: the same members in every layer, the same logits (the rotary angles are
-    float32, and their sines differ in the last bit)."""
+    """float64, any padding, spans and positions: the same members in every layer, the same logits
+    (the rotary angles are float32, and their sines differ in the last bit).
+    """
     model = build(tiny(backbone), plan)
     inputs = data.draw(calls(model.config))
     here, there = model(task=task, routing=rule, **inputs), copy.deepcopy(model).to(DEVICE)(task=task, routing=rule, **moved(inputs))
@@ -48,8 +52,9 @@ def test_forward_is_that_of_the_cpu(backbone, task, plan, data, rule):
 @settings(max_examples=40, deadline=None)
 @given(backbone=st.sampled_from(BACKBONES), task=st.sampled_from(("t2i", "mmu")), plan=plans(), data=st.data())
 def test_any_chunks_equal_the_full_forward(backbone, task, plan, data):
-    """Behind a cache, whose ragged rows a GPU decodes side by side: the logits of one causal forward, and token by token
-    where no span forbids it."""
+    """Behind a cache, whose ragged rows a GPU decodes side by side: the logits of one causal
+    forward, and token by token where no span forbids it.
+    """
     model = build(tiny(backbone), plan)
     inputs = data.draw(calls(model.config, places="default", padding=st.sampled_from(("none", "left", "holes"))))
     edges = range(1, inputs["ids"].shape[1]) if inputs["spans"] is None else cuts(inputs, data)
@@ -99,7 +104,9 @@ def test_a_step_does_not_wait_for_the_device(data):  # noqa: F811
 @both
 @pytest.mark.parametrize("rule", ("topk", "predicted"))
 def test_recorded_losses_and_gradients_are_those_of_a_plain_pass(backbone, rule):
-    """Another batch in every replay, weights that move between them; float64, so that nothing hides in rounding."""
+    """Another batch in every replay, weights that move between them; float64, so that nothing
+    hides in rounding.
+    """
     model = build(tiny(backbone), Plan({"t2i": (1.0, .4, .6), "mmu": (.5, 1.0, 0.0)})).to(DEVICE)
     objective, weights = Objective(model), list(model.parameters())
 
@@ -112,7 +119,8 @@ def test_recorded_losses_and_gradients_are_those_of_a_plain_pass(backbone, rule)
     for turn in range(6):
         batches = {task: sample(model.config, 3, 12, turn + 9 * (task == "mmu"), "left", backbone == "showo").to(DEVICE)
                    for task in ("t2i", "mmu")}
-        parts = {"t2i": (1.0, 0.5 + turn), "mmu": (0.5**turn, 3.0)}          # the same in float32, as a recording has it
+        # the same in float32, as a recording has it
+        parts = {"t2i": (1.0, 0.5 + turn), "mmu": (0.5**turn, 3.0)}
         rules = {"t2i": rule if turn % 2 else "topk", "mmu": "topk"}
         found = []
         for function in (passes, recorded):
@@ -137,7 +145,7 @@ def test_a_run_learns_what_it_learns_on_the_cpu(data, tmp_path, backbone, optimi
     for device in ("cpu", DEVICE):
         run(tmp_path / device, data[backbone], *given, "--device", device)
     run(tmp_path / "graphs", data[backbone], *given, "--device", DEVICE, "--graphs")
-    for step in (4, 6):                                    # the last checkpoints are gone: it goes on from step 2
+    for step in (4, 6):  # the last checkpoints are gone: it goes on from step 2
         for file in (tmp_path / DEVICE / "checkpoints" / f"step-{step:08d}").iterdir():
             file.unlink()
     run(tmp_path / DEVICE, data[backbone], *given, "--device", DEVICE, "--resume", "auto")
@@ -146,12 +154,15 @@ def test_a_run_learns_what_it_learns_on_the_cpu(data, tmp_path, backbone, optimi
     for two in others:
         assert len(one) == len(two) == 6
         for a, b in zip(one, two):
-            assert b == pytest.approx(a, rel=3e-2 if optimizer == "muon" else 1e-3)          # Muon: bf16 on CUDA
+            # Muon: bf16 on CUDA
+            assert b == pytest.approx(a, rel=3e-2 if optimizer == "muon" else 1e-3)
 
 
 @both
 def test_a_dense_model_is_looked_at_there(backbone):
-    """ARank, attention received and the competition of tasks run on the device, the first two with the CPU's numbers."""
+    """ARank, attention received and the competition of tasks run on the device, the first two
+    with the CPU's numbers.
+    """
     model = build(tiny(backbone))
     batch = sample(model.config, 3, 12, 0, "left", backbone == "showo")
     here = observations.attention_received(model, batch, "mmu"), arank(model, batch, "mmu")

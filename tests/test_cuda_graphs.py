@@ -1,5 +1,7 @@
-"""train/cuda_graphs.py: a recording gives what its function gives. There is no CUDA here: a graph that runs the function once more,
-into the same memory, stands in for CUDA's. tests/test_cuda.py does the same with real ones."""
+"""train/cuda_graphs.py: a recording gives what its function gives. There is no CUDA here: a graph
+that runs the function once more, into the same memory, stands in for CUDA's. tests/test_cuda.py
+does the same with real ones.
+"""
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
@@ -18,7 +20,10 @@ CPU = torch.device("cpu")
 
 
 class Played(graphs.Recorded):
-    """Whose graphs run the function once more and write into the memory of the first time. log: what was asked for."""
+    """Whose graphs run the function once more and write into the memory of the first time.
+
+    log: what was asked for.
+    """
 
     def __init__(self, function, model, device):
         super().__init__(function, model, torch.device("cuda"))
@@ -49,7 +54,7 @@ class Played(graphs.Recorded):
                 assert (mine is None) == (fresh is None)
                 if mine is not None:
                     mine.copy_(fresh)
-            self.forget_gradients()                                  # a graph writes into memory, it sets no attribute
+            self.forget_gradients()  # a graph writes into memory, it sets no attribute
         graph.replay = replay
         return graph, inputs, output, gradients
 
@@ -58,8 +63,10 @@ class Played(graphs.Recorded):
 @given(st.lists(st.tuples(st.integers(1, 3), st.booleans(), st.sampled_from(("topk", "predicted")), st.sampled_from("ab"),
                           st.sampled_from((torch.float32, torch.float64)), st.floats(-2, 2, width=32)), min_size=1, max_size=8))
 def test_every_call_gives_what_the_function_gives(calls):
-    """Shapes, dtypes, absent tensors, names and texts make a recording of their own, floats and values of tensors do not;
-    no argument changes, nor what an earlier call returned; .grad is written, never added to, None where there is none."""
+    """Shapes, dtypes, absent tensors, names and texts make a recording of their own, floats and
+    values of tensors do not; no argument changes, nor what an earlier call returned; .grad is
+    written, never added to, None where there is none.
+    """
     torch.manual_seed(0)
     model = torch.nn.ModuleDict({name: torch.nn.Linear(4, 4, dtype=torch.float64) for name in ("topk", "predicted")})
 
@@ -77,7 +84,7 @@ def test_every_call_gives_what_the_function_gives(calls):
         batches.append((batch, batch.map(torch.clone)))
         model.zero_grad(set_to_none=True)
         wanted.append(function(*given))
-        gradients = [p.grad for p in model.parameters()]   # still there when the recording is played
+        gradients = [p.grad for p in model.parameters()]  # still there when the recording is played
         kept.append(recorded(*given))
         for p, gradient in zip(model.parameters(), gradients):
             assert (p.grad is None) == (gradient is None)
@@ -91,7 +98,9 @@ def test_every_call_gives_what_the_function_gives(calls):
 
 
 def test_what_a_recording_asks_of_cuda():
-    """Each: warm up on a stream of its own, both wait for each other, then record into the memory of the first."""
+    """Each: warm up on a stream of its own, both wait for each other, then record into the
+    memory of the first.
+    """
     model, calls = torch.nn.Linear(2, 2), []
     recorded = Played(lambda x: calls.append(x) or model(x).sum().backward(), model, CPU)
     for length in (1, 2, 1):
@@ -101,7 +110,9 @@ def test_what_a_recording_asks_of_cuda():
 
 
 def test_a_recorded_run_is_the_plain_run(data, tmp_path, monkeypatch):  # noqa: F811
-    """train_full.py --graphs: the losses of the plain run; one recording while dense, then one for each rule of t2i."""
+    """train_full.py --graphs: the losses of the plain run; one recording while dense, then one
+    for each rule of t2i.
+    """
     made = []
     monkeypatch.setattr(run, "Recorded", lambda *given: made.append(Played(*given)) or made[-1])
     monkeypatch.setattr(graphs, "check_device", lambda device: None)
@@ -112,7 +123,8 @@ def test_a_recorded_run_is_the_plain_run(data, tmp_path, monkeypatch):  # noqa: 
     one, two = (rows(tmp_path / name, *names) for name in ("plain", "graphs"))
     assert len(one) == len(two) == 8 and [len(recorded.recordings) for recorded in made] == [1, 2]
     for a, b in zip(one, two):
-        assert b == pytest.approx(a, rel=1e-3)             # parts of a step are rounded to float32 in a recording
+        # parts of a step are rounded to float32 in a recording
+        assert b == pytest.approx(a, rel=1e-3)
 
 
 @pytest.mark.parametrize("more", ("--compile", "--activation-checkpointing", "--accumulate 2"))
@@ -124,11 +136,14 @@ def test_settings_that_cannot_be_recorded_are_refused(data, tmp_path, more):  # 
 
 
 def test_other_devices_several_processes_and_autocast_are_refused(data, tmp_path, monkeypatch):  # noqa: F811
-    """No CUDA; DDP's hooks, and a cast that autocast made before, which would not be part of a recording."""
+    """No CUDA; DDP's hooks, and a cast that autocast made before, which would not be part of a
+    recording.
+    """
     with pytest.raises(ValueError, match="--graphs is for one process on a CUDA device, .* not for cpu"):
         test_full.run(tmp_path / "out", data["emu3"], *TINY, "--graphs", "--device", "cpu")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(ValueError, match="not for cpu"):   # before the data is read, which would be missed
+    # before the data is read, which would be missed
+    with pytest.raises(ValueError, match="not for cpu"):
         test_full.run(tmp_path / "out", tmp_path / "nowhere", *TINY, "--graphs", "--device", "cpu")
     model = torch.nn.Linear(2, 2)
     recorded = Played(lambda x: model(x).sum().backward(), model, CPU)

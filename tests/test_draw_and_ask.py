@@ -52,8 +52,10 @@ def test_steps_are_for_parallel_drawing(checkpoint, tmp_path):
 
 
 def test_draw_then_ask(checkpoint, tmp_path, capsys):
-    """--prompt draws the picture of generate_image as a PNG that reads back pixel by pixel; --explain writes what each
-    layer kept under the rule that was asked for; nothing else is left behind; the same seed draws the same picture."""
+    """--prompt draws the picture of generate_image as a PNG that reads back pixel by pixel;
+    --explain writes what each layer kept under the rule that was asked for; nothing else is left
+    behind; the same seed draws the same picture.
+    """
     drawn, common = tmp_path / "a.png", ["--checkpoint", str(checkpoint), "--device", "cpu"]
     main([*common, "--prompt", "two red rings", "--out", str(drawn), "--explain"])
     out = capsys.readouterr().out
@@ -124,13 +126,15 @@ def test_options_that_would_not_be_read(checkpoint, arguments, message, capsys):
 
 
 def test_kept_tokens(checkpoint):
-    """One picture for each routed layer: kept patches as they are, skipped ones faded; kept words in brackets."""
+    """One picture for each routed layer: kept patches as they are, skipped ones faded; kept
+    words in brackets.
+    """
     model, stored = load_checkpoint(checkpoint)
     tokenizer = Tokenizer.from_state(stored["tokenizer"])
     codes = torch.tensor([[[0, 1, 2], [3, 4, 5]]])
     batch, image = tokenizer.t2i(["two red rings"], codes), tokenizer.image.decode(codes)[0]
     ids = batch.ids[0]
-    for layer in (1, 3):                                   # a threshold that drops one word and keeps the others
+    for layer in (1, 3):  # a threshold that drops one word and keeps the others
         routing = model.eval()(**batch.inputs(), task="t2i", routing="causal").routing[layer]
         words = routing.predictor[0][ids < 3].detach().sort().values
         model.router(layer, "t2i").threshold_t2i.copy_(words[:2].mean())
@@ -149,7 +153,9 @@ def test_kept_tokens(checkpoint):
 
 @pytest.mark.parametrize("size, mode", [((6, 4), "RGB"), (5 * (12,), "L"), ((640, 480), "RGB"), ((30, 90), "RGBA"), ((1, 1), "P")])
 def test_any_picture_is_asked_about_as_prepare_reads_it(checkpoint, tmp_path, monkeypatch, size, mode):
-    """Any size and mode: the codes of the picture that read_image fits into white, as prepare does."""
+    """Any size and mode: the codes of the picture that read_image fits into white, as prepare
+    does.
+    """
     from PIL import Image
     size = size[:2]
     pixels = torch.randint(256, (size[1], size[0], 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -162,7 +168,9 @@ def test_any_picture_is_asked_about_as_prepare_reads_it(checkpoint, tmp_path, mo
 
 
 def test_several_prompts_and_questions(checkpoint, tmp_path, capsys):
-    """Each prompt is drawn as it would be alone, into a numbered file in a new folder; each question is answered once."""
+    """Each prompt is drawn as it would be alone, into a numbered file in a new folder; each
+    question is answered once.
+    """
     one, common = tmp_path / "one.png", ["--checkpoint", str(checkpoint), "--device", "cpu"]
     main([*common, "--prompt", "two red rings", "--prompt", "red", "--explain", "--out", str(tmp_path / "new" / "x.png")])
     assert {p.name for p in (tmp_path / "new").iterdir()} == {f"x-{n}{kept}.png" for n in (1, 2) for kept in ("", "-kept")}
@@ -175,7 +183,9 @@ def test_several_prompts_and_questions(checkpoint, tmp_path, capsys):
 
 
 def test_the_usual_checkpoint_and_the_usual_files(checkpoint, tmp_path, monkeypatch):
-    """Without --checkpoint and --out: out/toy/checkpoint.pt, drawn.png; what is explained of a question has a file of its own."""
+    """Without --checkpoint and --out: out/toy/checkpoint.pt, drawn.png; what is explained of a
+    question has a file of its own.
+    """
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="out/toy/checkpoint.pt does not exist: python train_toy.py makes one"):
         main(["--prompt", "red"])
@@ -194,7 +204,9 @@ def test_the_usual_checkpoint_and_the_usual_files(checkpoint, tmp_path, monkeypa
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
-    """A checkpoint of the toy world whose model draws a green ring top-left alone, and answers "one"."""
+    """A checkpoint of the toy world whose model draws a green ring top-left alone, and answers
+    "one".
+    """
     world = World()
     text = WordText([*world.words, "USER:", "ASSISTANT:", "4*4"])
     tokenizer = Tokenizer("emu3", text, Palette(world.patches), world.grid, world.longest_text + 2, "USER:", "ASSISTANT:")
@@ -213,7 +225,9 @@ def toy(tmp_path, monkeypatch):
     ("a green ring, a red disc", "a green ring and a red disc", "(wrong, it shows a green ring top-left)"),
     ("two red rings", "two red rings", "(wrong, it shows a green ring top-left; no training picture shows a red ring (held out))")])
 def test_drawings_of_the_toy_are_judged(toy, capsys, prompt, given, verdict):
-    """As people write it; right or wrong by the exact checker; pairs that training held out are named."""
+    """As people write it; right or wrong by the exact checker; pairs that training held out are
+    named.
+    """
     arguments, folder, prompts = toy
     main([*arguments, "--prompt", prompt, "--out", str(folder / "a.png")])
     assert prompts == [given] and f"a.png written: {given}  {verdict}\n" in capsys.readouterr().out
@@ -224,14 +238,18 @@ def test_drawings_of_the_toy_are_judged(toy, capsys, prompt, given, verdict):
     ("is there a red ring?", "is there a red ring ?", "(wrong, right is: no; no training picture shows a red ring (held out))"),
     ("what color is the disc?", "what color is the disc ?", "")])
 def test_answers_of_the_toy_are_judged(toy, capsys, question, given, verdict):
-    """The one right answer is known from the picture; where there is none, nothing is said of it."""
+    """The one right answer is known from the picture; where there is none, nothing is said of
+    it.
+    """
     arguments, folder, prompts = toy
     main([*arguments, "--image", str(folder / "ring.png"), "--question", question])
     assert prompts == [given] and f"{given} one  {verdict}".strip() in map(str.strip, capsys.readouterr().out.splitlines())
 
 
 def test_words_that_the_toy_does_not_know(toy):
-    """The words that fit in that place, by kind; an empty prompt gets an example of what training shows."""
+    """The words that fit in that place, by kind; an empty prompt gets an example of what
+    training shows.
+    """
     arguments, folder, prompts = toy
     with pytest.raises(SystemExit, match="unknown word 'crimson' behind 'a': write one of the colors red, green, .*; shapes ring,"):
         main([*arguments, "--prompt", "a crimson ring", "--out", str(folder / "a.png")])
@@ -241,7 +259,9 @@ def test_words_that_the_toy_does_not_know(toy):
 
 
 def test_an_explained_answer_of_the_toy(toy):
-    """--explain of a question writes what its layers kept (here: nothing is routed) and nothing over a drawing."""
+    """--explain of a question writes what its layers kept (here: nothing is routed) and nothing
+    over a drawing.
+    """
     arguments, folder, _ = toy
     before = {p: p.read_bytes() for p in folder.iterdir()}
     main([*arguments, "--image", str(folder / "ring.png"), "--question", "describe ?", "--explain", "--out", str(folder / "ring.png")])

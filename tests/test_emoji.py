@@ -1,5 +1,6 @@
-"""unimod_mini.data.emoji: captions, questions, layout and splits of the emoji world, on a tiny stand-in for the packages;
-the folder that train_toy.py reads."""
+"""unimod_mini.data.emoji: captions, questions, layout and splits of the emoji world, on a tiny
+stand-in for the packages; the folder that train_toy.py reads.
+"""
 import io
 import json
 import subprocess
@@ -26,7 +27,9 @@ def entry(number, name, category, tones=()):
 
 
 def make_entries():
-    """40 things and signs, 6 activities of men and women with five tones, and what must be left out."""
+    """40 things and signs, 6 activities of men and women with five tones, and what must be left
+    out.
+    """
     names = [f"{a}{b}-{a}X" if a == "K" else f"{a}{b} thing" for a in "KLMN" for b in "ABCDEFGHIJ"]
     entries = [entry(i, name, CATEGORIES[i % 5]) for i, name in enumerate(names)]
     people = [f"{who} {what}" for what in ("SURFING", "RUNNING", "CLIMBING") for who in ("MAN", "WOMAN")]
@@ -98,8 +101,10 @@ def test_plain_names(given_, expected):
 
 
 def test_concepts(world):
-    """Every plain name once, with the tones that both styles draw; what a style lacks, long names, components and
-    pictures that look like an earlier one are left out. A limit takes some of them, the same ones every time."""
+    """Every plain name once, with the tones that both styles draw; what a style lacks, long names,
+    components and pictures that look like an earlier one are left out. A limit takes some of them,
+    the same ones every time.
+    """
     names = {concept.name for concept in world.concepts}
     assert {"ka kx", "la thing", "woman surfing", "cote divoire and reunion flag"} < names and len(names) == 48
     assert not names & {"gone", "tone"} and not any("seven" in name for name in names)
@@ -109,7 +114,9 @@ def test_concepts(world):
 
 
 def test_singles(world, items):
-    """Every concept, tone and style once, in its own pixels, with a caption and questions that follow from names."""
+    """Every concept, tone and style once, in its own pixels, with a caption and questions that
+    follow from names.
+    """
     singles = [item for item in items if not item.key.startswith("scene/")]
     assert len(singles) == 2 * (41 + 6 * 6) == len({item.key for item in singles})
     for item in singles:
@@ -128,8 +135,9 @@ def test_singles(world, items):
 # ---------------------------------------------------------------- scenes
 
 def test_scenes_show_what_their_captions_say(items):
-    """Half-size sprites of the named things and style, as many as named, whole and on white; the first is left of or
-    above the second; every answer follows from the picture."""
+    """Half-size sprites of the named things and style, as many as named, whole and on white; the
+    first is left of or above the second; every answer follows from the picture.
+    """
     for item in (item for item in items if item.key.startswith("scene/")):
         style, names, relation = scene_of(item)
         number = {name: next(i for i, e in enumerate(make_entries()) if plain(e["name"]) == name) for name in names}
@@ -166,7 +174,9 @@ def answer_of(question, names, relation):
 
 
 def test_scenes_are_balanced(items):
-    """Relations, styles and yes/no answers are about even, all counts occur, both kinds of scene occur."""
+    """Relations, styles and yes/no answers are about even, all counts occur, both kinds of scene
+    occur.
+    """
     scenes = [item for item in items if item.key.startswith("scene/")]
     said = Counter(answer for item in scenes for question, answer in asked(item) if question.startswith("is "))
     styles = Counter(scene_of(item)[0] for item in scenes)
@@ -180,8 +190,9 @@ def test_scenes_are_balanced(items):
 # ---------------------------------------------------------------- splits
 
 def test_held_out_styles(items):
-    """A held-out rendering is Twitter's, Google's rendering of the concept is trained on, and no training scene has the
-    held-out sprite."""
+    """A held-out rendering is Twitter's, Google's rendering of the concept is trained on, and no
+    training scene has the held-out sprite.
+    """
     train = {item.key for item in items if item.split == "train"}
     held = [item.key.split("/") for item in items if item.kind == "style x concept"]
     assert held and {style for style, *_ in held} == {"twitter"}
@@ -196,7 +207,9 @@ def test_held_out_styles(items):
 
 
 def test_held_out_tones(items):
-    """A held-out tone is held out in both styles; other tones of the concept, and that tone of others, are not."""
+    """A held-out tone is held out in both styles; other tones of the concept, and that tone of
+    others, are not.
+    """
     tones = defaultdict(set)
     for item in items:
         if item.key.startswith("google/") and item.key.count("/") == 2:
@@ -211,8 +224,10 @@ def test_held_out_tones(items):
 
 
 def test_held_out_scenes(items):
-    """No held-out pair, in whichever order, relation and style, and no held-out count of a thing is in training; their
-    parts are; every held-out sample says what it tests and no training sample does."""
+    """No held-out pair, in whichever order, relation and style, and no held-out count of a thing is
+    in training; their parts are; every held-out sample says what it tests and no training sample
+    does.
+    """
     pairs, counts, alone = {"train": set(), "held": set()}, {"train": set(), "held": set()}, set()
     for item in items:
         assert (item.split == "held") == bool(item.kind) and item.split in ("train", "held")
@@ -232,7 +247,9 @@ def test_held_out_scenes(items):
 # ---------------------------------------------------------------- determinism, errors
 
 def test_the_stream_is_a_function_of_the_seed(world, items, tmp_path):
-    """Read twice, the same items to the last pixel; another seed moves scenes, but no picture alone and no rule."""
+    """Read twice, the same items to the last pixel; another seed moves scenes, but no picture
+    alone and no rule.
+    """
     again = list(world)
     same = lambda a, b: a[0] == b[0] and a[2:] == b[2:] and (a.picture == b.picture).all()
     assert len(again) == len(items) and all(map(same, again, items))
@@ -251,7 +268,9 @@ def test_the_share_of_held_out_is_exact_at_its_ends(world, monkeypatch, held, ki
 
 
 def test_errors(tmp_path):
-    """A size that has no quarters, archives without emoji, too few things for scenes: one line each."""
+    """A size that has no quarters, archives without emoji, too few things for scenes: one line
+    each.
+    """
     with pytest.raises(ValueError, match="must be a multiple of 4, got 30"):
         check_size(30)
     with pytest.raises(ValueError, match="no emoji in .*google.*: fetch the packages again"):
@@ -260,7 +279,6 @@ def test_errors(tmp_path):
         Emoji(write_archives(tmp_path), size=16, limit=1)
     assert len(list(Emoji(write_archives(tmp_path), size=16, limit=1, scenes=0))) >= 2
 
-# ------------------------------------------------------------------------------------ a folder for train_toy.py
 
 SMALL = [entry(0, "FOG", "Travel & Places"), entry(1, "OX", "Animals & Nature"), entry(2, "T-REX", "Animals & Nature"),
          entry(3, "PEAR", "Food & Drink"), entry(4, "KEYCAP 1", "Symbols"), entry(5, "GONE", "Objects")]
@@ -268,7 +286,9 @@ SMALL = [entry(0, "FOG", "Travel & Places"), entry(1, "OX", "Animals & Nature"),
 
 @pytest.fixture
 def packs(tmp_path, monkeypatch):
-    """Replaces npm_pack by small archives that hold more than is used; the list of the styles it was called with."""
+    """Replaces npm_pack by small archives that hold more than is used; the list of the styles it
+    was called with.
+    """
     calls = []
     (tmp_path / "packs").mkdir()
     monkeypatch.setattr(emoji, "npm_pack", lambda style, _: calls.append(style)
@@ -283,7 +303,9 @@ def contents(folder):
 
 
 def test_things_and_short_names_come_first(tmp_path, packs):
-    """Things before signs, then by length; what a style does not draw is left out, and more cannot be asked for."""
+    """Things before signs, then by length; what a style does not draw is left out, and more
+    cannot be asked for.
+    """
     emoji.fetch_folder(tmp_path / "emoji", 5)
     captions = [caption for _, caption in read_metadata(tmp_path / "emoji")]
     assert captions[::2] == [f"a google emoji of {name}" for name in ("ox", "fog", "pear", "t rex", "keycap 1")]

@@ -15,7 +15,7 @@ from unimod_mini.config import ModelConfig
 from benchmarks.paper_flops import comparisons
 from unimod_mini.flops import (PARTS, batch_flops, bisect, count_flops, flops_ratio, live_pairs,
                                main, parser, spread_pairs)
-from unimod_mini.memory import activation_bytes, cache_bytes, count_parameters
+from unimod_mini.flops import activation_bytes, cache_bytes, count_parameters
 from unimod_mini.plan import BASELINES, Plan
 from unimod_mini.routers import GATES, predictor_loss
 from unimod_mini.transformer import UnifiedTransformer, attention_mask
@@ -25,7 +25,9 @@ backbones, tasks = st.sampled_from(BACKBONES), st.sampled_from(("t2i", "mmu"))
 
 @st.composite
 def configs(draw):
-    """Any small model: widths, heads, grouped heads, QK norm, learned positions, and who decides membership."""
+    """Any small model: widths, heads, grouped heads, QK norm, learned positions, and who decides
+    membership.
+    """
     groups = draw(st.integers(1, 2))
     heads = groups * draw(st.integers(1, 3))
     return tiny(draw(backbones), n_head=heads, n_kv_head=groups, d_model=4 * heads * draw(st.integers(1, 3)),
@@ -44,7 +46,9 @@ def eager_attention(q, k, v, attn_mask=None, is_causal=False, **_):
 
 
 def counted(model, task, inputs, train=False):
-    """What the counter of PyTorch sees in one forward, or one forward and backward with the predictor's loss."""
+    """What the counter of PyTorch sees in one forward, or one forward and backward with the
+    predictor's loss.
+    """
     with pytest.MonkeyPatch.context() as patch, FlopCounterMode(display=False) as counter:
         patch.setattr(torch.nn.functional, "scaled_dot_product_attention", eager_attention)
         out = model(task=task, **inputs)
@@ -57,8 +61,10 @@ def counted(model, task, inputs, train=False):
 @settings(max_examples=40)
 @given(configs(), plans(), tasks, st.integers(1, 2), st.integers(1, 17), st.booleans(), st.integers(0, 9))
 def test_against_the_counter(config, plan, task, batch, length, spans, seed):
-    """The analytic count equals the matrix products that run, forward, and forward and backward, for any model and
-    plan (keep 0, keep 1 and keeps that round to no slot included), with a mask or without, a row of a batch each."""
+    """The analytic count equals the matrix products that run, forward, and forward and backward,
+    for any model and plan (keep 0, keep 1 and keeps that round to no slot included), with a mask or
+    without, a row of a batch each.
+    """
     inputs = call(config, batch, length, seed, "left" if spans else "none", spans)
     model = build(config, plan, dtype=torch.float32)
     for mode in ("forward", "train"):
@@ -89,8 +95,10 @@ def seen_masks(model, task, inputs):
 
 @given(st.data(), backbones, plans(), tasks)
 def test_live_pairs_are_those_of_the_mask(data, backbone, plan, task):
-    """live_pairs counts the True entries of the mask of the gathered tokens: of the masks that attention received,
-    rows of padding and of spare slots apart, and of the mask rule applied to the routed tokens alone."""
+    """live_pairs counts the True entries of the mask of the gathered tokens: of the masks that
+    attention received, rows of padding and of spare slots apart, and of the mask rule applied to
+    the routed tokens alone.
+    """
     config = tiny(backbone)
     inputs, model = data.draw(calls(config, places="default")), build(config, plan)
     masks, routing = seen_masks(model, task, inputs)
@@ -114,8 +122,10 @@ def test_live_pairs_are_those_of_the_mask(data, backbone, plan, task):
 
 @given(backbones, plans(), tasks, st.integers(1, 400), st.integers(0, 400), st.sampled_from(("forward", "train")))
 def test_live_convention(backbone, plan, task, length, span, mode):
-    """Only the scores change: 4 D FLOPs for a pair that the mask lets through, three times that in training. The full
-    square is an upper bound, plain causal K (K + 1) / 2 the lower one, a span of everything is the square itself."""
+    """Only the scores change: 4 D FLOPs for a pair that the mask lets through, three times that in
+    training. The full square is an upper bound, plain causal K (K + 1) / 2 the lower one, a span of
+    everything is the square itself.
+    """
     config, span = tiny(backbone), min(span, length)
     full = count_flops(config, plan, task, length, mode)
     pairs = spread_pairs(plan.keep[task], length, span)
@@ -138,8 +148,10 @@ def test_a_dense_layer_has_no_spread():
 
 @given(backbones, plans(), tasks, st.integers(1, 3000), st.sampled_from(("forward", "train")))
 def test_parts_and_layers_add_up(backbone, plan, task, length, mode):
-    """total = sum of the parts = sum of the layers + head, integers all, and both are margins of the table by layer and
-    part; keep 0 and the embedding cost nothing; router and predictor cost something exactly where a layer routes."""
+    """total = sum of the parts = sum of the layers + head, integers all, and both are margins of
+    the table by layer and part; keep 0 and the embedding cost nothing; router and predictor cost
+    something exactly where a layer routes.
+    """
     flops = count_flops(tiny(backbone), plan, task, length, mode)
     assert flops.total == sum(flops.by_part.values()) == sum(flops.by_layer) + flops.by_part["head"]
     assert tuple(flops.by_part) == PARTS and len(flops.by_layer) == len(flops.table) == N_LAYER
@@ -155,7 +167,9 @@ def test_parts_and_layers_add_up(backbone, plan, task, length, mode):
 
 @given(backbones, st.integers(0, N_LAYER - 1), st.integers(8, 200), st.sampled_from(("forward", "train")))
 def test_ratio_grows_with_keep(backbone, layer, length, mode):
-    """Keeping more costs more, from keep 0 over the routed ones; no plan is 1 and a skipped layer is below it."""
+    """Keeping more costs more, from keep 0 over the routed ones; no plan is 1 and a skipped
+    layer is below it.
+    """
     config, ratios = tiny(backbone), []
     for keep in (0, .01, .1, .3, .5, .7, .9):
         row = [1.0] * N_LAYER
@@ -176,8 +190,9 @@ def test_ratio_is_over_one_sample_of_each_task():
 
 @given(plans(), st.integers(1, 40), st.integers(1, 40), st.integers(0, 5), st.integers(1, 5), st.booleans())
 def test_ratio_of_a_mixed_batch(plan, n_t2i, n_mmu, count_t2i, count_mmu, live):
-    """counts are the samples of each task in a step: the same as counting sample after sample; one each is the default;
-    a batch of one task has that task's ratio; spans count live."""
+    """counts are the samples of each task in a step: the same as counting sample after sample; one
+    each is the default; a batch of one task has that task's ratio; spans count live.
+    """
     config, lengths, counts = tiny("showo"), {"t2i": n_t2i, "mmu": n_mmu}, {"t2i": count_t2i, "mmu": count_mmu}
     spans = {"t2i": n_t2i // 2, "mmu": n_mmu // 3} if live else None
 
@@ -194,13 +209,13 @@ def test_ratio_of_a_mixed_batch(plan, n_t2i, n_mmu, count_t2i, count_mmu, live):
             == flops_ratio(config, plan, {"mmu": n_mmu}))
 
 
-# --------------------------------------------------------------------------------------------------------------
 # memory.py
-# --------------------------------------------------------------------------------------------------------------
 
 @given(configs(), plans())
 def test_parameters(config, plan):
-    """The closed form equals the numbers of a model that was built, dense and with the plan's routers."""
+    """The closed form equals the numbers of a model that was built, dense and with the plan's
+    routers.
+    """
     assert count_parameters(config) == sum(p.numel() for p in UnifiedTransformer(config).parameters())
     assert count_parameters(config, plan) == sum(p.numel() for p in UnifiedTransformer(config, plan).parameters())
 
@@ -209,7 +224,7 @@ def saved_bytes(model, task, inputs):
     """Bytes of the distinct storages that autograd saves in one forward, parameters apart."""
     own, held = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
-    def pack(tensor):                                     # holding the tensor keeps its address from being used again
+    def pack(tensor):  # holding the tensor keeps its address from being used again
         held[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
@@ -221,7 +236,9 @@ def saved_bytes(model, task, inputs):
 @given(configs(), plans(), tasks, st.integers(1, 2), st.integers(1, 17), st.booleans(),
        st.sampled_from(("none", "left", "holes")), st.integers(0, 9))
 def test_activation_bytes(config, plan, task, batch, length, spans, padding, seed):
-    """The closed form equals, to the byte, what autograd saves in a float32 forward, for any model, plan and mask."""
+    """The closed form equals, to the byte, what autograd saves in a float32 forward, for any
+    model, plan and mask.
+    """
     model, inputs = build(config, plan, dtype=torch.float32), call(config, batch, length, seed, padding, spans)
     kept = activation_bytes(config, plan, task, length, spans, padding != "none")
     assert batch * kept.total == saved_bytes(model, task, inputs)
@@ -230,8 +247,10 @@ def test_activation_bytes(config, plan, task, batch, length, spans, padding, see
 
 @given(configs(), plans(), tasks, st.integers(1, 2), st.integers(1, 17), st.integers(0, 9))
 def test_cache_bytes(config, plan, task, batch, length, seed):
-    """The closed form at the tokens that were routed equals what the cache says it uses, in float64 and float32; at the
-    plan's own K it is right for dense and skipped layers, and for a routed one within what its predictor decided."""
+    """The closed form at the tokens that were routed equals what the cache says it uses, in float64
+    and float32; at the plan's own K it is right for dense and skipped layers, and for a routed one
+    within what its predictor decided.
+    """
     for dtype, element in ((torch.float64, 8), (torch.float32, 4)):
         model = build(config, plan, dtype=dtype)
         cache = Cache(model, task, batch, length)
@@ -288,9 +307,7 @@ def test_errors(arguments, message):
         spread_pairs((1.0,), 5, 6)
 
 
-# --------------------------------------------------------------------------------------------------------------
 # The command line
-# --------------------------------------------------------------------------------------------------------------
 
 def test_the_flags_are_frozen():
     """The command line of flops: names and defaults."""
@@ -302,7 +319,9 @@ def test_the_flags_are_frozen():
 @pytest.mark.parametrize("plan", (*BASELINES, "saved"))
 @pytest.mark.parametrize("mode", ("forward", "train"))
 def test_the_table(plan, mode, tmp_path, capsys):
-    """Rows and columns are those of count_flops in GFLOPs, for a method by name and for a saved plan."""
+    """Rows and columns are those of count_flops in GFLOPs, for a method by name and for a saved
+    plan.
+    """
     config, n = ModelConfig.preset("toy-showo"), 60
     own = BASELINES[plan](config.n_layer, ("mmu",)) if plan in BASELINES else Plan({"mmu": (1, .3, 0, .9, .001, 1, .5, .7)})
     if plan == "saved":
@@ -333,8 +352,10 @@ def test_the_table(plan, mode, tmp_path, capsys):
 
 
 def test_the_comparison():
-    """benchmarks/paper_flops.py, at the true sizes: a forward pass of one GPU's batch of 12 x 1,408 tokens comes within 5 % of the
-    paper's 51.1, one of an image and 950 ids of text of its 89.0; no training step does; the plans meet the ratios."""
+    """benchmarks/paper_flops.py, at the true sizes: a forward pass of one GPU's batch of 12 x 1,408
+    tokens comes within 5 % of the paper's 51.1, one of an image and 950 ids of text of its 89.0; no
+    training step does; the plans meet the ratios.
+    """
     showo, emu3 = (text.splitlines() for text in comparisons().split("\n\n")[:2])
     assert showo[2].split()[-4:] == ["49.5*", "48.2", "148.6", "144.7"]
     assert emu3[3].split()[-4:] == ["93.0*", "86.1*", "278.9", "258.3"]

@@ -1,4 +1,6 @@
-"""train_full.py: the same numbers in one process and in many, runs that survive anything, and errors that say what to do."""
+"""train_full.py: the same numbers in one process and in many, runs that survive anything, and
+errors that say what to do.
+"""
 import io
 import json
 import os
@@ -41,7 +43,9 @@ STOP = [*TINY, "--steps", "6", "--dense", "0.5", "--ema", "0.9"]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A small data set of each backbone: pictures of 2 x 2 codes, captions, and questions that name one of them."""
+    """A small data set of each backbone: pictures of 2 x 2 codes, captions, and questions that
+    name one of them.
+    """
     made, words = {}, "a b c d e f g".split()
     for backbone in ("showo", "emu3"):
         made[backbone] = tmp_path_factory.mktemp(backbone) / "data"
@@ -60,7 +64,9 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory):
-    """A run that nothing stopped, with dropout and an average of the weights, and a checkpoint after every step."""
+    """A run that nothing stopped, with dropout and an average of the weights, and a checkpoint
+    after every step.
+    """
     out = tmp_path_factory.mktemp("whole") / "out"
     run(out, data["showo"], *STOP, "--save-every", "1", "--keep-checkpoints", "9", changes=["dropout"])
     return out
@@ -84,7 +90,6 @@ def same_weights(one, two):
         torch.equal(first["model"][name], second["model"][name]) for name in first["model"])
 
 
-# ---------------------------------------------------------------- the same numbers, however they are computed
 
 @pytest.fixture(scope="module")
 def many(data, tmp_path_factory):
@@ -99,7 +104,8 @@ def many(data, tmp_path_factory):
     job("emu3-fsdp", [*SHORT, "--parallel", "fsdp"])
     job("emu3-accumulate", [*SHORT, "--accumulate", "2"])
     job("showo-accumulate", [*SHORT, "--accumulate", "2", "--parallel", "fsdp"], "showo")
-    for parallel, step in (("ddp", 2), ("fsdp", 4)):       # in the dense stage, and after the layer switch
+    # in the dense stage, and after the layer switch
+    for parallel, step in (("ddp", 2), ("fsdp", 4)):
         stop = [*STOP, "--parallel", parallel]
         job(f"{parallel}-whole", stop, changes=["dropout"])
         job(f"{parallel}-stopped", stop, changes=["dropout", ("term", [step], 1)])
@@ -111,7 +117,9 @@ def many(data, tmp_path_factory):
 
 @pytest.mark.parametrize("backbone, names", (("emu3", ("ddp", "fsdp", "accumulate")), ("showo", ("accumulate",))))
 def test_one_process_ddp_fsdp_and_accumulation_give_the_same_losses(data, many, tmp_path, backbone, names):
-    """Ten steps with the layer switch in the middle: every loss, norm and held-out loss to 1e-5, and the same plan."""
+    """Ten steps with the layer switch in the middle: every loss, norm and held-out loss to 1e-5,
+    and the same plan.
+    """
     run(tmp_path / "one", data[backbone], *SHORT)
     run(tmp_path / "two", data[backbone], *SHORT, "--accumulate", "2")
     run(tmp_path / "again", data[backbone], *SHORT, "--activation-checkpointing")
@@ -119,7 +127,8 @@ def test_one_process_ddp_fsdp_and_accumulation_give_the_same_losses(data, many, 
     names = "loss_t2i", "loss_mmu", "predictor_t2i", "predictor_mmu", "norm", "lr", "step"
     steps, held = rows(tmp_path / "one", *names), rows(tmp_path / "one", "held_t2i", "held_mmu")
     assert [step[-1] for step in steps] == list(range(1, 11)) and len(held) == 1
-    assert steps[0][2] == 0 < steps[-1][2] and steps[-1][0] < steps[0][0]    # dense, then routed; it learns
+    # dense, then routed; it learns
+    assert steps[0][2] == 0 < steps[-1][2] and steps[-1][0] < steps[0][0]
     for other in others:
         for one, two in zip(steps + held, rows(other, *names) + rows(other, "held_t2i", "held_mmu"), strict=True):
             assert two == pytest.approx(one, abs=1e-5, rel=1e-5), other
@@ -129,7 +138,9 @@ def test_one_process_ddp_fsdp_and_accumulation_give_the_same_losses(data, many, 
 @settings(max_examples=15)
 @given(st.integers(0, 2**32), st.integers(1, 4), st.sampled_from(("showo", "emu3")))
 def test_losses_of_micro_batches_add_up_to_those_of_the_step(seed, pieces, backbone):
-    """However labels and padding are spread over micro-batches: losses and gradients are those of one batch."""
+    """However labels and padding are spread over micro-batches: losses and gradients are those
+    of one batch.
+    """
     config = tiny(backbone)
     generator = torch.Generator().manual_seed(seed)
     model = build(config, Plan({"t2i": (1, .5, 1), "mmu": (.4, 1, 1), "lm": (1, 1, .5)}), seed)
@@ -158,7 +169,9 @@ def test_losses_of_micro_batches_add_up_to_those_of_the_step(seed, pieces, backb
 @settings(max_examples=40)
 @given(plans(), st.sampled_from(("predictor", "router")), st.integers(1, 9), st.booleans())
 def test_what_is_not_frozen_has_a_gradient(plan, membership, length, both):
-    """For every plan: requires_grad exactly where a backward of all tasks leaves a gradient, so plain DDP never waits."""
+    """For every plan: requires_grad exactly where a backward of all tasks leaves a gradient, so
+    plain DDP never waits.
+    """
     tasks = ("t2i", "mmu") if both else ("mmu",)
     model = UnifiedTransformer(tiny("emu3", membership=membership), plan)
     freeze_unused(model, dict.fromkeys(tasks, length))
@@ -171,8 +184,9 @@ def test_what_is_not_frozen_has_a_gradient(plan, membership, length, both):
 # ---------------------------------------------------------------- stopping, and going on
 
 def test_stopped_anywhere_and_resumed_gives_the_same_bits(data, whole, tmp_path):
-    """One process that lost all after step s goes on to the weights, bit by bit, and the rows of metrics of the run that
-    nothing stopped."""
+    """One process that lost all after step s goes on to the weights, bit by bit, and the rows of
+    metrics of the run that nothing stopped.
+    """
     names = "loss_t2i", "loss_mmu", "norm", "lr", "step"
     assert len(list((whole / "checkpoints").iterdir())) == 6 and len(rows(whole, *names)) == 6
     for step in range(1, 7):
@@ -185,8 +199,9 @@ def test_stopped_anywhere_and_resumed_gives_the_same_bits(data, whole, tmp_path)
 
 @pytest.mark.parametrize("kind", ("term", "int"))
 def test_a_signal_saves_the_step_at_hand(data, whole, tmp_path, capsys, kind):
-    """SIGTERM or Ctrl-C: nothing is lost, model.pt is not written yet, and the run that goes on ends as the one that nothing
-    stopped. Behind the run Ctrl-C is Python's again."""
+    """SIGTERM or Ctrl-C: nothing is lost, model.pt is not written yet, and the run that goes on
+    ends as the one that nothing stopped. Behind the run Ctrl-C is Python's again.
+    """
     stopped = run(tmp_path, data["showo"], *STOP, changes=["dropout", (kind, [3], 0)])
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert stopped["step"] == 3 and not (tmp_path / "model.pt").exists()
@@ -196,7 +211,9 @@ def test_a_signal_saves_the_step_at_hand(data, whole, tmp_path, capsys, kind):
 
 
 def test_a_sigterm_in_the_last_dense_step_does_not_wait_for_the_switch(data, whole, tmp_path):
-    """The checkpoint is that of the dense stage; the run that goes on switches and ends as the one that nothing stopped."""
+    """The checkpoint is that of the dense stage; the run that goes on switches and ends as the
+    one that nothing stopped.
+    """
     assert run(tmp_path, data["showo"], *STOP, changes=["dropout", ("term", [3], 0)])["stage"] == "dense"
     assert not (tmp_path / "plan.json").exists()
     run(tmp_path, data["showo"], *STOP, "--resume", "auto", changes=["dropout"])
@@ -212,7 +229,9 @@ def test_two_processes_stopped_and_resumed_give_the_same_bits(many, parallel, st
 
 
 def test_a_checkpoint_of_two_ranks_goes_on_in_one(data, many, tmp_path):
-    """Ten steps in two processes, with FSDP or DDP, or in one, and two more in one: the same losses."""
+    """Ten steps in two processes, with FSDP or DDP, or in one, and two more in one: the same
+    losses.
+    """
     run(tmp_path / "one", data["emu3"], *SHORT)
     shutil.copytree(many / "emu3-fsdp", tmp_path / "fsdp")
     shutil.copytree(many / "emu3-ddp", tmp_path / "ddp")
@@ -226,9 +245,10 @@ def test_a_checkpoint_of_two_ranks_goes_on_in_one(data, many, tmp_path):
 # ---------------------------------------------------------------- killed
 
 def test_kill_at_random_moments(data, tmp_path):
-    """Two processes; one of them or both are killed at a random moment (SOAK=20: that often, else 3 times). One that is left
-    ends by itself with an error; the next start goes on; in the end the weights and the metrics are those of a run that
-    nobody touched."""
+    """Two processes; one of them or both are killed at a random moment (SOAK=20: that often, else 3
+    times). One that is left ends by itself with an error; the next start goes on; in the end the
+    weights and the metrics are those of a run that nobody touched.
+    """
     argv = [*TINY, "--steps", "12", "--dense", "0.5", "--save-every", "2", "--resume", "auto", "--timeout", "0.2"]
 
     def job(name):
@@ -244,7 +264,8 @@ def test_kill_at_random_moments(data, tmp_path):
         for victim in victims:
             victim.kill()
         for process, code in zip(processes, finish(processes, 60)):
-            assert code in (0, -signal.SIGKILL if process in victims else 1)             # 0: it was over already
+            # 0: it was over already
+            assert code in (0, -signal.SIGKILL if process in victims else 1)
     assert finish(start(2, job("killed"))) == [0, 0]
     assert same_weights(tmp_path / "killed", tmp_path / "whole")
     names = "loss_t2i", "loss_mmu", "norm", "step"
@@ -253,7 +274,9 @@ def test_kill_at_random_moments(data, tmp_path):
 
 
 def test_a_rank_that_fails_ends_the_job(data, tmp_path):
-    """An error on one rank: both processes end soon, with a code that is not 0, and the error is in that rank's output."""
+    """An error on one rank: both processes end soon, with a code that is not 0, and the error is
+    in that rank's output.
+    """
     argv = ["--data", str(data["emu3"]), "--out", str(tmp_path), *SHORT]
     assert finish(start(2, [(argv, [("fail", [2], 1)])]), 60) == [1, 1]
     assert "this rank fails" in (tmp_path / "rank-1.log").read_text()
@@ -262,8 +285,10 @@ def test_a_rank_that_fails_ends_the_job(data, tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="children are found in /proc")
 @pytest.mark.parametrize("target, code", (("process", 0), ("launcher", 1), ("terminal", 1)))
 def test_torchrun_and_a_signal(data, tmp_path, target, code):
-    """torchrun train_full.py: a SIGTERM of one of its two processes, or of torchrun itself, or a Ctrl-C, which a terminal sends
-    to all of them, saves a checkpoint. The processes end with 0; torchrun says 1 of a signal that it got itself."""
+    """torchrun train_full.py: a SIGTERM of one of its two processes, or of torchrun itself, or a
+    Ctrl-C, which a terminal sends to all of them, saves a checkpoint. The processes end with 0;
+    torchrun says 1 of a signal that it got itself.
+    """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train_full.py", "--data",
                str(data["showo"]), "--out", str(tmp_path), *TINY, "--steps", "100000", "--dense", "1"]
     process = subprocess.Popen(command, cwd=Path(full.__file__).parent, env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -284,7 +309,9 @@ def test_torchrun_and_a_signal(data, tmp_path, target, code):
 # ---------------------------------------------------------------- checkpoints
 
 def damage(path, how):
-    """Cut a file of a checkpoint short, take one away, or leave the random state's size alone, as a power cut does."""
+    """Cut a file of a checkpoint short, take one away, or leave the random state's size alone,
+    as a power cut does.
+    """
     if how == "zeros":
         return (path / "rng-0.pt").write_bytes(bytes((path / "rng-0.pt").stat().st_size))
     file = path / how if (path / how).exists() else next(path.glob("*.distcp"))
@@ -296,7 +323,9 @@ def damage(path, how):
 
 @pytest.mark.parametrize("how", ("run.json", "rng-0.pt", ".metadata", "tensors", "gone", "zeros"))
 def test_a_checkpoint_cut_short_is_passed_over(data, whole, tmp_path, capsys, how):
-    """The newest checkpoint lacks bytes or a file: a warning names it, the one before it is taken, and the end is the same."""
+    """The newest checkpoint lacks bytes or a file: a warning names it, the one before it is
+    taken, and the end is the same.
+    """
     shutil.copytree(whole, tmp_path / "out")
     damage(tmp_path / "out" / "checkpoints" / "step-00000006", how)
     run(tmp_path / "out", data["showo"], *STOP, "--resume", "auto", changes=["dropout"])
@@ -323,7 +352,9 @@ def test_a_full_disk_ends_a_run_in_one_line(data, whole, tmp_path):
 
 
 def test_the_last_checkpoints_and_the_best_are_kept(tmp_path):
-    """prune leaves the last `keep` and the lowest held-out loss; unfinished folders are swept away by newest."""
+    """prune leaves the last `keep` and the lowest held-out loss; unfinished folders are swept
+    away by newest.
+    """
     for step, held in enumerate((3.0, 1.0, None, float("nan"), 2.0, 2.5)):
         path = tmp_path / f"step-{step:08d}"
         path.mkdir()
@@ -353,7 +384,9 @@ def test_a_checkpoint_over_what_an_older_call_left(whole, tmp_path):
 
 
 def test_without_a_whole_checkpoint_nothing_is_overwritten(data, whole, tmp_path):
-    """When every checkpoint is damaged, as no kill leaves them, --resume auto stops and the metrics stay."""
+    """When every checkpoint is damaged, as no kill leaves them, --resume auto stops and the
+    metrics stay.
+    """
     shutil.copytree(whole, tmp_path / "out")
     for path in (tmp_path / "out" / "checkpoints").iterdir():
         damage(path, "run.json")
@@ -364,7 +397,9 @@ def test_without_a_whole_checkpoint_nothing_is_overwritten(data, whole, tmp_path
 
 
 def test_a_checkpoint_that_does_not_fit_and_a_full_disk(whole, tmp_path, monkeypatch):
-    """A tensor that the checkpoint lacks, and a writer that fails: one line with the folder, no traceback of ranks."""
+    """A tensor that the checkpoint lacks, and a writer that fails: one line with the folder, no
+    traceback of ranks.
+    """
     path = whole / "checkpoints" / "step-00000006"
     with pytest.raises(ValueError, match=r"step-00000006 does not fit this run: .*other") as error:
         checkpoints.read(path, {"other": torch.zeros(2)})
@@ -393,7 +428,9 @@ def test_the_dense_stage_leaves_memory_at_the_switch(data, tmp_path, monkeypatch
 
 
 def test_the_last_model_is_a_model(data, tmp_path):
-    """model.pt: what load_checkpoint reads, with the tokenizer and what drawing needs; calibrated for causal routing."""
+    """model.pt: what load_checkpoint reads, with the tokenizer and what drawing needs;
+    calibrated for causal routing.
+    """
     run(tmp_path, data["showo"], *SHORT)
     model, stored = load_checkpoint(tmp_path / "model.pt")
     tokenizer = Tokenizer.from_state(stored["tokenizer"])
@@ -406,14 +443,18 @@ def test_the_last_model_is_a_model(data, tmp_path):
 
 
 def test_other_mixtures_of_tasks(data, tmp_path):
-    """Text alone beside questions, no drawing: dense, switched and written; the plan knows these two tasks."""
+    """Text alone beside questions, no drawing: dense, switched and written; the plan knows these
+    two tasks.
+    """
     result = run(tmp_path, data["emu3"], *TINY[:2], "--t2i", "0", "--mmu", "4", "--lm", "2", "--steps", "4", "--log-every", "1")
     assert result["stage"] == "unimod" and load_checkpoint(tmp_path / "model.pt")[0].plan.tasks == ("mmu", "lm")
     assert [row[0] > 0 for row in rows(tmp_path, "loss_lm", "loss_mmu")] == [True] * 4
 
 
 def test_compiled_blocks_and_recomputation_change_no_loss(data, tmp_path, monkeypatch):
-    """--compile --activation-checkpointing, traced by dynamo and run by eager torch: the losses of the plain run."""
+    """--compile --activation-checkpointing, traced by dynamo and run by eager torch: the losses
+    of the plain run.
+    """
     original = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **given: original(self, backend="eager", **given))
     Plan({"mmu": (.4, 1)}).save(tmp_path / "plan.json")
@@ -425,7 +466,9 @@ def test_compiled_blocks_and_recomputation_change_no_loss(data, tmp_path, monkey
 
 
 def test_every_other_step_draws_with_the_predictors_choice(data, tmp_path):
-    """The number of a step reaches a routed model as its rule, in every micro-batch; an evaluation ranks by the router."""
+    """The number of a step reaches a routed model as its rule, in every micro-batch; an
+    evaluation ranks by the router.
+    """
     Plan({"t2i": (.4, 1), "mmu": (.4, 1)}).save(tmp_path / "plan.json")
     config = full.parse(["--data", str(data["emu3"]), *TINY, "--accumulate", "2", "--out", str(tmp_path), "--plan",
                          str(tmp_path / "plan.json")])
@@ -442,8 +485,9 @@ def test_every_other_step_draws_with_the_predictors_choice(data, tmp_path):
 
 @pytest.mark.parametrize("backbone, init", (("showo", "run/model.pt"), ("emu3", "run/model.pt"), ("emu3", "run")))
 def test_init_takes_the_weights_and_nothing_else(data, tmp_path, backbone, init):
-    """--init with --plan: every weight but the routers' is the checkpoint's, bit by bit, the plan is the given one. The
-    folder of a run stands for its model.pt."""
+    """--init with --plan: every weight but the routers' is the checkpoint's, bit by bit, the plan
+    is the given one. The folder of a run stands for its model.pt.
+    """
     with changed():
         shards = full.Shards(data[backbone])
         old = build(full.model_config("tiny", shards.tokenizer), Plan({"t2i": (.3, 1), "mmu": (1, 1)}), dtype=torch.float32)
@@ -464,7 +508,9 @@ def test_init_takes_the_weights_and_nothing_else(data, tmp_path, backbone, init)
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 def test_init_trains_in_float32_whatever_the_file(data, tmp_path, dtype):
-    """Half-precision weights as --init: the model is float32, so that a run that was stopped ends as one that was not."""
+    """Half-precision weights as --init: the model is float32, so that a run that was stopped
+    ends as one that was not.
+    """
     with changed():
         old = build(full.model_config("tiny", full.Shards(data["emu3"]).tokenizer), dtype=torch.float32).to(dtype)
     save_checkpoint(tmp_path / "old.pt", old)
@@ -477,7 +523,9 @@ def test_init_trains_in_float32_whatever_the_file(data, tmp_path, dtype):
 
 
 def test_init_takes_a_folder_of_checkpoints_too(data, whole, tmp_path):
-    """--init checkpoints/step-..: the weights of that step under a new plan; a damaged one and another size are refused."""
+    """--init checkpoints/step-..: the weights of that step under a new plan; a damaged one and
+    another size are refused.
+    """
     folder = tmp_path / "step-00000006"
     shutil.copytree(whole / "checkpoints" / folder.name, folder)
     plan = Plan({"t2i": (.5, 1), "mmu": (1, .5)})
@@ -500,7 +548,9 @@ def test_init_takes_a_folder_of_checkpoints_too(data, whole, tmp_path):
 @pytest.mark.parametrize("plan, label", [(Plan.dense(2), "held out  t2i"), (Plan.interleaved(2), "held out  t2i"),
                                          (Plan.mod(2), "held out, top-k (non-causal)  t2i")])
 def test_losses_of_topk_say_that_they_are(capsys, plan, label):
-    """The line of an evaluation is labelled non-causal where a layer chooses among tokens, and nowhere else."""
+    """The line of an evaluation is labelled non-causal where a layer chooses among tokens, and
+    nowhere else.
+    """
     run = SimpleNamespace(step=3, model=SimpleNamespace(plan=plan), evaluate=lambda *held: {"t2i": 1.5})
     job = SimpleNamespace(held=[], held_shares=[], ranks=Ranks(0, 1, 0), say=print)
     assert full.evaluate_held_out(run, job, SimpleNamespace(write=lambda row: None)) == {"t2i": 1.5, "all": 1.5}
@@ -511,7 +561,9 @@ def test_losses_of_topk_say_that_they_are(capsys, plan, label):
 
 @pytest.mark.parametrize("optimizer", ("adamw", "muon"))
 def test_a_step_that_is_not_finite_changes_nothing(data, optimizer):
-    """Weights, optimisers' state, average and the count of updates stay as they are, to the bit; the next step works."""
+    """Weights, optimisers' state, average and the count of updates stay as they are, to the bit;
+    the next step works.
+    """
     config = full.parse(["--data", str(data["emu3"]), *TINY, "--optimizer", optimizer, "--seed", "5", "--ema", "0.9"])
     with changed(("nan", [2, 3], 0)):
         job = full.make_job(config, Ranks(0, 1, 0), torch.device("cpu"))
@@ -527,7 +579,9 @@ def test_a_step_that_is_not_finite_changes_nothing(data, optimizer):
 
 
 def test_ranks_skip_the_same_steps(many):
-    """A loss that is no number on the second rank alone: both skip, count it once, and go on alike."""
+    """A loss that is no number on the second rank alone: both skip, count it once, and go on
+    alike.
+    """
     assert [row[0] for row in rows(many / "nan", "skipped")] == [0, 1, 2, 2]
     assert all(value == value for row in rows(many / "nan", "held_t2i", "held_mmu") for value in row)
 
@@ -599,7 +653,9 @@ def test_bad_settings(argv, message):
 
 
 def test_bad_inputs(data, tmp_path):
-    """Data, plans and weights that do not fit: ValueError or FileNotFoundError that says what was found and what to do."""
+    """Data, plans and weights that do not fit: ValueError or FileNotFoundError that says what
+    was found and what to do.
+    """
     Plan.dense(3).save(tmp_path / "deep.json")
     Plan({"t2i": (1, .5)}).save(tmp_path / "t2i.json")
     (tmp_path / "no.json").write_text("{}")
@@ -626,7 +682,9 @@ def test_bad_inputs(data, tmp_path):
 
 
 def test_another_run_is_not_continued(data, tmp_path):
-    """A folder that holds a run is not overwritten, nor continued with other settings, data or plan; an empty one is new."""
+    """A folder that holds a run is not overwritten, nor continued with other settings, data or
+    plan; an empty one is new.
+    """
     out = tmp_path / "out"
     Plan({"t2i": (1, .5), "mmu": (1, 1)}).save(tmp_path / "plan.json")
     run(out, data["emu3"], *TINY, "--steps", "1", "--plan", str(tmp_path / "plan.json"), "--resume", "auto")
@@ -667,12 +725,15 @@ def test_a_budget_out_of_reach_is_refused_at_once(data, tmp_path):
     with pytest.raises(ValueError, match=r"--budget 0.02 is out of reach: the head alone costs 0\.\d+ of dense with \d+ ids"):
         run(tmp_path, data["emu3"], *SHORT, "--budget", "0.02")
     run(tmp_path, data["emu3"], *TINY, "--steps", "1", "--dense", "1", "--budget", "0.02")
-    with pytest.raises(ValueError, match="--budget 0.02 is out of reach"):                 # a run that goes on, too
+    # a run that goes on, too
+    with pytest.raises(ValueError, match="--budget 0.02 is out of reach"):
         run(tmp_path, data["emu3"], *TINY, "--steps", "4", "--dense", "0.8", "--budget", "0.02", "--resume", "auto")
 
 
 def test_fewer_steps_than_are_done_are_refused(data, whole, tmp_path):
-    """Neither a stage that has not ended, nor one step of UniMoD, is called finished; a finished run may be asked again."""
+    """Neither a stage that has not ended, nor one step of UniMoD, is called finished; a finished
+    run may be asked again.
+    """
     shutil.copytree(whole, tmp_path / "out")
     with pytest.raises(ValueError, match="step-00000006 is past --steps 5, in stage unimod: ask for more steps"):
         run(tmp_path / "out", data["showo"], *TINY, "--steps", "5", *STOP[-4:], "--resume", "auto", changes=["dropout"])
@@ -707,7 +768,9 @@ def test_the_budget_is_that_of_the_mixture(data, tmp_path):
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 12), st.integers(1, 3), st.sampled_from((1, 2)), st.sampled_from((1, 2)))
 def test_the_held_out_samples_are_as_many_as_asked(data, asked, n, accumulate, world):
-    """Whole steps' worth of at most --eval-samples, none twice; how often a step accumulates does not matter."""
+    """Whole steps' worth of at most --eval-samples, none twice; how often a step accumulates
+    does not matter.
+    """
     n, shards = n * accumulate * world, full.Shards(data["emu3"])
     config = full.Config(eval_samples=asked, accumulate=accumulate, t2i=n, mmu=0)
     ids = [batch.ids for rank in range(world)
@@ -721,7 +784,9 @@ def test_the_held_out_samples_are_as_many_as_asked(data, asked, n, accumulate, w
 # ---------------------------------------------------------------- schedule and journal
 
 def test_the_figures_of_a_line(data, monkeypatch):
-    """Tokens a second, MFU with skipped tokens as skipped, its dense-equivalent, kept shares and time left, by hand."""
+    """Tokens a second, MFU with skipped tokens as skipped, its dense-equivalent, kept shares and
+    time left, by hand.
+    """
     config = full.parse(["--data", str(data["emu3"]), *TINY, "--steps", "10"])
     job = full.make_job(config, Ranks(0, 1, 0), torch.device("cpu"))
     run = full.start(job)
@@ -743,7 +808,9 @@ def test_the_figures_of_a_line(data, monkeypatch):
 
 
 def test_the_clock_counts_steps_alone(monkeypatch):
-    """Time that is paused counts for no step; a CUDA device finishes its steps before the pause begins."""
+    """Time that is paused counts for no step; a CUDA device finishes its steps before the pause
+    begins.
+    """
     now = [0.0]
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
 
@@ -761,8 +828,10 @@ def test_the_clock_counts_steps_alone(monkeypatch):
 @settings(max_examples=40)
 @given(st.integers(1, 300), st.integers(1, 50), st.sampled_from(("cosine", "linear")), st.floats(0, 1))
 def test_the_rate_rises_and_falls(steps, warmup, decay, share):
-    """In (0, 1] at every step, at most 1 / warmup in the first step of a stage. The last stage, UniMoD or dense to the
-    end, falls from the peak after its warm-up to about 0; a dense stage before a switch stays at the peak."""
+    """In (0, 1] at every step, at most 1 / warmup in the first step of a stage. The last stage,
+    UniMoD or dense to the end, falls from the peak after its warm-up to about 0; a dense stage
+    before a switch stays at the peak.
+    """
     run, since = Trainer.__new__(Trainer), round(share * (steps - 1))
     for run.stage, dense, run.since in (("unimod", 0.5, since), ("dense", 1.0, 0), ("dense", 0.5, 0)):
         run.config, rates = full.Config(steps=steps, warmup=warmup, decay=decay, dense=dense), []
@@ -777,7 +846,9 @@ def test_the_rate_rises_and_falls(steps, warmup, decay, share):
 
 
 def test_figures_that_are_not_finite_are_null(data, tmp_path):
-    """Every line of metrics.jsonl is JSON for strict readers, and so is the run.json of a checkpoint."""
+    """Every line of metrics.jsonl is JSON for strict readers, and so is the run.json of a
+    checkpoint.
+    """
     run(tmp_path, data["emu3"], *TINY, "--steps", "3", "--dense", "1", changes=[("nan", [2], 0)])
     held = MetricsLog(tmp_path, 3)
     held.write({"step": 3, "held_all": float("nan"), "more": [float("inf")]}), held.close()
@@ -789,7 +860,9 @@ def test_figures_that_are_not_finite_are_null(data, tmp_path):
 
 @pytest.mark.parametrize("encoding", ("latin-1", "ascii"))
 def test_captions_that_the_terminal_cannot_print(tmp_path, monkeypatch, encoding):
-    """A sheet of samples ends no run: escapes in the terminal, the letters themselves in its .txt."""
+    """A sheet of samples ends no run: escapes in the terminal, the letters themselves in its
+    .txt.
+    """
     tokenizer = Tokenizer("emu3", ByteText(), Palette(torch.arange(84).view(7, 2, 2, 3)), (2, 2), 16, "U: ", " A: ")
     write_shards(tmp_path / "data", tokenizer, {"train": {"t2i": [(f"猫 {i}", "", torch.full((2, 2), i)) for i in range(7)]}})
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))

@@ -24,7 +24,9 @@ questions = st.lists(st.text("abcde", min_size=1, max_size=4).map(" ".join), min
 
 
 def make(backbone, grid=(2, 3), seed=0, plan=PLAN, positions=0, max_length=64):
-    """A tokenizer with six different patches and a random float64 model whose routers disagree about the tokens."""
+    """A tokenizer with six different patches and a random float64 model whose routers disagree
+    about the tokens.
+    """
     patches = torch.randint(256, (6, 2, 2, 3), generator=torch.Generator().manual_seed(1))
     tokens = Tokenizer(backbone, WordText(WORDS), Palette(patches), grid, 8, system="sys", assistant="asst")
     config = ModelConfig(backbone, plan.n_layer, 2, 2 if backbone == "showo" else 1, 16, 32, tokens.vocab_size,
@@ -45,7 +47,9 @@ def pictures(tokens, count, seed=0):
 
 @torch.no_grad()
 def grow(model, row, task, rule, spans=0, count=1, allowed=slice(None), after=lambda n: [], finished=0):
-    """Append `count` greedy ids to a row, recomputing everything each time, alone, unpadded and without a cache."""
+    """Append `count` greedy ids to a row, recomputing everything each time, alone, unpadded and
+    without a cache.
+    """
     new = []
     for n in range(count):
         ids = torch.tensor([row + new])
@@ -75,10 +79,12 @@ def slow_rows(model, tokens, prompt, rule):
 
 @torch.no_grad()
 def slow_parallel(model, tokens, prompt, rule, noise):
-    """draw_parallel with greedy codes, one prompt, by loops: fill every hole, then hide the least confident again.
+    """draw_parallel with greedy codes, one prompt, by loops: fill every hole, then hide the least
+    confident again.
 
-    noise: (steps, N), what is added to the confidence, before it fades. Returns the image ids at the start of every
-    step, and the last ones."""
+    noise: (steps, N), what is added to the confidence, before it fades. Returns the image ids at
+    the start of every step, and the last ones.
+    """
     steps = len(noise)
     N, image, films = tokens.n_image, [None] * tokens.n_image, []
     start = tokens.t2i_prompt(prompt)
@@ -103,7 +109,7 @@ def film(model, tokens):
     seen, original = [], model.forward
 
     def forward(ids, spans=None, **rest):
-        if spans is not None:                              # not the prompt, which causal routing prefills once
+        if spans is not None:  # not the prompt, which causal routing prefills once
             seen.append(ids[:, -tokens.n_image - 1:-1].clone())
         return original(ids, spans=spans, **rest)
 
@@ -112,7 +118,10 @@ def film(model, tokens):
 
 
 class Script(nn.Module):
-    """Stands in for a model: row b says ids[b][0], ids[b][1], .. whatever it is fed, and notes what that was."""
+    """Stands in for a model: row b says ids[b][0], ids[b][1], ..
+
+    whatever it is fed, and notes what that was.
+    """
 
     def __init__(self, config, ids):
         super().__init__()
@@ -127,7 +136,6 @@ class Script(nn.Module):
         return Output(logits, [])
 
 
-# ------------------------------------------------------------------------------------------------- small parts
 
 def test_left_pad():
     """Every row ends at T; valid marks what is not padding."""
@@ -138,7 +146,9 @@ def test_left_pad():
 
 
 def test_sample():
-    """Temperature 0 is argmax; else frequencies follow softmax(logits / temperature), and the generator decides."""
+    """Temperature 0 is argmax; else frequencies follow softmax(logits / temperature), and the
+    generator decides.
+    """
     logits = torch.tensor([[0.0, 1.0, 2.0, -torch.inf], [3.0, 0.0, -1.0, 1.0]])
     assert sample(logits, 0, None).tolist() == [2, 0]
     many = logits.repeat(20_000, 1)
@@ -152,15 +162,17 @@ def test_sample():
 
 @given(st.integers(0, 10**6), st.integers(1, 7), st.floats(0.01, 1.0), st.floats(0.1, 3.0))
 def test_top_k_and_top_p(seed, k, p, temperature):
-    """Only ids among the k likeliest, and among the likeliest that reach p together, are ever drawn; all of those are;
-    k = 1 and a tiny p are argmax; both off is the plain draw."""
+    """Only ids among the k likeliest, and among the likeliest that reach p together, are ever
+    drawn; all of those are; k = 1 and a tiny p are argmax; both off is the plain draw.
+    """
     logits = torch.randn(1, 6, generator=torch.Generator().manual_seed(seed))
     order = logits[0].argsort(descending=True).tolist()
     shares = (logits[0] / temperature).softmax(0)[order].tolist()
     nucleus = next((n for n in range(1, 7) if sum(shares[:n]) >= p - 1e-6), 6)
     allowed = order[:min(k, nucleus)]
     drawn = set(sample(logits.repeat(3000, 1), temperature, torch.Generator().manual_seed(1), k, p).tolist())
-    assert drawn <= set(order[:min(k, nucleus + 1)])       # a sum that meets p to the last bit may count either way
+    # a sum that meets p to the last bit may count either way
+    assert drawn <= set(order[:min(k, nucleus + 1)])
     assert {i for i, share in zip(order, shares) if i in allowed and share > 0.02} <= drawn
     assert sample(logits, temperature, None, 1).item() == sample(logits, temperature, None, None, 1e-9).item() == order[0]
 
@@ -175,7 +187,9 @@ def kept_by(monkeypatch, logits, **options):
 
 
 def test_top_p_ends_where_it_is_reached(monkeypatch):
-    """top_p = 1 drops no id, also where the float32 sum reaches 1 early; ids that reach top_p exactly end there."""
+    """top_p = 1 drops no id, also where the float32 sum reaches 1 early; ids that reach top_p
+    exactly end there.
+    """
     many = 3 * torch.randn(1, 184_622, generator=torch.Generator().manual_seed(0))
     assert kept_by(monkeypatch, many) == kept_by(monkeypatch, many, top_p=1.0) == int((many.softmax(-1) > 0).sum())
     few = torch.tensor([[.3, .1, .1, .5]]).log()
@@ -185,7 +199,9 @@ def test_top_p_ends_where_it_is_reached(monkeypatch):
 
 @both
 def test_weights_that_are_not_numbers_are_named(backbone):
-    """Before anything is drawn or answered, at any temperature: the first weight of them, wherever it is."""
+    """Before anything is drawn or answered, at any temperature: the first weight of them,
+    wherever it is.
+    """
     tokens, model = make(backbone)
     for name in (f"routers.1.{PLAN.routed(1)[0]}.score.weight", "blocks.0.mlp.down.weight", "embed.weight"):
         with torch.no_grad():
@@ -218,7 +234,9 @@ def test_a_picture_may_be_given_as_its_codes(backbone, monkeypatch):
 
 @pytest.mark.parametrize("options", [dict(temperature=-0.1), dict(top_k=0), dict(top_p=0.0), dict(top_p=1.5)])
 def test_sampling_that_cannot_be(options):
-    """A negative temperature, no candidates or a share outside (0, 1] is a ValueError with the values; so are 0 steps."""
+    """A negative temperature, no candidates or a share outside (0, 1] is a ValueError with the
+    values; so are 0 steps.
+    """
     tokens, model = make("showo")
     with pytest.raises(ValueError, match="temperature must be finite and >= 0, top_k >= 1 and top_p in"):
         generate_text(model, tokens, pictures(tokens, 1)[0], "a", **options)
@@ -228,7 +246,9 @@ def test_sampling_that_cannot_be(options):
 
 @both
 def test_a_tokenizer_of_another_model(backbone):
-    """Another backbone's, or one with another vocabulary, is refused with what differs; so is a picture that is no tensor."""
+    """Another backbone's, or one with another vocabulary, is refused with what differs; so is a
+    picture that is no tensor.
+    """
     tokens, model = make(backbone)
     other, _ = make("emu3" if backbone == "showo" else "showo")
     longer = Tokenizer(backbone, WordText([*WORDS, "f"]), tokens.image, tokens.grid, 8, system="sys", assistant="asst")
@@ -244,14 +264,18 @@ def test_a_tokenizer_of_another_model(backbone):
 @pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("guidance", (-0.5, math.inf, math.nan))
 def test_guidance_that_cannot_be(backbone, guidance):
-    """A negative or an infinite guidance is a ValueError with the value, before anything is drawn."""
+    """A negative or an infinite guidance is a ValueError with the value, before anything is
+    drawn.
+    """
     tokens, model = make(backbone)
     with pytest.raises(ValueError, match=f"guidance must be finite and >= 0, got {guidance}"):
         generate_image(model, tokens, "a", guidance=guidance)
 
 
 def test_guided():
-    """Log-probabilities c + w (c - u), the conditional rows first; w = 0 is one stream, unchanged."""
+    """Log-probabilities c + w (c - u), the conditional rows first; w = 0 is one stream,
+    unchanged.
+    """
     logits = torch.randn(6, 2, 5, dtype=torch.float64)
     assert torch.equal(guided(logits, 0), logits)
     c, u = logits[:3].log_softmax(-1), logits[3:].log_softmax(-1)
@@ -259,11 +283,12 @@ def test_guided():
     assert torch.allclose(guided(logits[:3].repeat(2, 1, 1), 7.0).double(), c, atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------- cache
 
 @both
 def test_random_routers_both_keep_and_drop(backbone):
-    """What the tests of this file rest on: predictors, scores and top-k of the tiny models disagree about tokens."""
+    """What the tests of this file rest on: predictors, scores and top-k of the tiny models
+    disagree about tokens.
+    """
     tokens, model = make(backbone)
     batch = tokens.mmu(["a b c"] * 4, ["d"] * 4, tokens.image.encode(pictures(tokens, 4)))
     topk, causal = (model(**batch.inputs(), task="mmu", routing=rule).routing for rule in RULES)
@@ -282,14 +307,15 @@ def test_decoder_routes_as_it_is_told():
     assert torch.allclose(decode(ids[:, 4:]), model(ids, task="mmu", routing="topk").logits[:, -1], atol=1e-10)
 
 
-# -------------------------------------------------------------------------------------------------------- text
 
 @both
 @pytest.mark.parametrize("rule", RULES)
 @settings(max_examples=12)
 @given(questions, st.sampled_from(GRIDS), st.integers(0, 10**6))
 def test_answers_equal_recomputation(backbone, rule, asked, grid, seed):
-    """Greedy answers of a left-padded batch (cached where causal) are those of recomputing each row alone."""
+    """Greedy answers of a left-padded batch (cached where causal) are those of recomputing each
+    row alone.
+    """
     tokens, model = make(backbone, grid, seed)
     images = pictures(tokens, len(asked), seed)
     got = generate_text(model, tokens, images, asked, routing=rule, max_tokens=5)
@@ -314,7 +340,9 @@ def test_answers_with_learned_image_positions(backbone, rule):
 @both
 @pytest.mark.parametrize("rule", RULES)
 def test_one_question_or_a_list(backbone, rule):
-    """A str with one picture gives a str, a list gives a list, and they agree; seeds reproduce sampled answers."""
+    """A str with one picture gives a str, a list gives a list, and they agree; seeds reproduce
+    sampled answers.
+    """
     tokens, model = make(backbone)
     image = pictures(tokens, 1)
     one = generate_text(model, tokens, image[0], "a b", routing=rule)
@@ -327,7 +355,9 @@ def test_one_question_or_a_list(backbone, rule):
 
 @both
 def test_answers_end_at_eot(backbone):
-    """What a row says after its eot is not in the answer and is not fed back; decoding stops when all have ended."""
+    """What a row says after its eot is not in the answer and is not fed back; decoding stops
+    when all have ended.
+    """
     tokens, model = make(backbone)
     eot, pad = tokens.eot, tokens.pad
     script = Script(model.config, [[0, 1, eot, 2, 2, 2, 2], [eot, 3, 3, 3, 3, 3, 3], [2, pad, 3, 4, eot, 0, 0]])
@@ -341,11 +371,13 @@ def test_answers_end_at_eot(backbone):
 
 @both
 def test_every_question_that_fits_can_be_answered(backbone):
-    """A model as long as the training sequences never runs out of positions, however long it talks."""
+    """A model as long as the training sequences never runs out of positions, however long it
+    talks.
+    """
     tokens, model = make(backbone)
     tokens, model = make(backbone, max_length=tokens.length("mmu"))
     with torch.no_grad():
-        model.head.weight[tokens.eot] = 0.0                # never the largest: it talks until it is stopped
+        model.head.weight[tokens.eot] = 0.0  # never the largest: it talks until it is stopped
         if backbone == "showo":
             model.head.bias[tokens.eot] = -1e9
     for rule in RULES:
@@ -355,8 +387,9 @@ def test_every_question_that_fits_can_be_answered(backbone):
 
 @both
 def test_a_question_that_does_not_fit(backbone):
-    """A prompt longer than the model's max_length is a ValueError naming it, not a crash; one that just fits has room
-    for one token."""
+    """A prompt longer than the model's max_length is a ValueError naming it, not a crash; one that
+    just fits has room for one token.
+    """
     tokens, model = make(backbone)
     prompt = tokens.mmu_prompt("a b", tokens.image_ids(torch.zeros(1, *tokens.grid).long())[0].tolist())
     for short in (0, 1):
@@ -372,7 +405,9 @@ def test_a_question_that_does_not_fit(backbone):
 
 @both
 def test_only_routings_with_a_label(backbone):
-    """causal, and topk, which is labelled non-causal: the predictors' ranking over a whole sequence is for training."""
+    """causal, and topk, which is labelled non-causal: the predictors' ranking over a whole
+    sequence is for training.
+    """
     tokens, model = make(backbone)
     for call in (lambda: generate_text(model, tokens, pictures(tokens, 1)[0], "a", routing="predicted"),
                  lambda: generate_image(model, tokens, "a", routing="predicted")):
@@ -382,7 +417,9 @@ def test_only_routings_with_a_label(backbone):
 
 @both
 def test_the_likeliest_code_alone(backbone):
-    """top_k=1 draws Emu3's picture as temperature 0 does, and any picture whatever the temperature; 0 is refused."""
+    """top_k=1 draws Emu3's picture as temperature 0 does, and any picture whatever the
+    temperature; 0 is refused.
+    """
     tokens, model = make(backbone)
     hot, hotter = (generate_image(model, tokens, "a b", temperature=t, top_k=1, seed=3) for t in (0.5, 9.0))
     assert torch.equal(hot, hotter)
@@ -393,32 +430,37 @@ def test_the_likeliest_code_alone(backbone):
 
 
 def test_a_temperature_next_to_nothing():
-    """Logits over 1e-39 are infinite, 1e-60 is 0 in float32: what is drawn is the likeliest id all the same."""
+    """Logits over 1e-39 are infinite, 1e-60 is 0 in float32: what is drawn is the likeliest id
+    all the same.
+    """
     logits = torch.tensor([[1.0, 3.0, 2.0]])
     assert [sample(logits, t, torch.Generator().manual_seed(0)).tolist() for t in (1e-39, 1e-60)] == [[1], [1]]
 
 
 @both
 def test_counts_must_match(backbone):
-    """Two pictures for one question, or the reverse, is a ValueError naming both numbers; so is a bad picture."""
+    """Two pictures for one question, or the reverse, is a ValueError naming both numbers; so is
+    a bad picture.
+    """
     tokens, model = make(backbone)
     for count, asked in ((2, ["a"]), (1, ["a", "b"])):
         with pytest.raises(ValueError, match=f"{count} images for {len(asked)} questions"):
             generate_text(model, tokens, pictures(tokens, count), asked)
     with pytest.raises(ValueError, match="images|grid"):
-        generate_text(model, tokens, pictures(tokens, 1), "a")           # a batch with a single question
+        generate_text(model, tokens, pictures(tokens, 1), "a")  # a batch with a single question
     with pytest.raises(ValueError, match="grid"):
         generate_text(model, tokens, pictures(tokens, 1)[0, :2], "a")    # another size
     with pytest.raises(ValueError, match="'zebra'"):
         generate_text(model, tokens, pictures(tokens, 1)[0], "zebra")
 
 
-# ------------------------------------------------------------------------------------------------------ images
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("grid", GRIDS)
 def test_rows_equal_recomputation(rule, grid):
-    """Emu3, greedy: a batch of prompts of different lengths gives the codes that slow loops give each prompt alone."""
+    """Emu3, greedy: a batch of prompts of different lengths gives the codes that slow loops give
+    each prompt alone.
+    """
     for seed in range(3):
         tokens, model = make("emu3", grid, seed)
         prompts = ["a b c", "", "e"]
@@ -430,9 +472,12 @@ def test_rows_equal_recomputation(rule, grid):
 @pytest.mark.parametrize("size", [0.0, 1.0])
 @pytest.mark.parametrize("grid", GRIDS)
 def test_parallel_drawing_equals_recomputation(rule, grid, size, monkeypatch):
-    """Show-o, greedy codes: step by step the same ones are fixed and hidden as by slow loops over each prompt alone.
+    """Show-o, greedy codes: step by step the same ones are fixed and hidden as by slow loops over
+    each prompt alone.
 
-    With choice noise too: Gumbel, -log(-log u), times `size`, fading linearly to 0 at the last step."""
+    With choice noise too: Gumbel, -log(-log u), times `size`, fading linearly to 0 at the last
+    step.
+    """
     monkeypatch.setattr(generate, "CHOICE_NOISE", size)
     prompts = ["a b c", "", "e"]
     for seed in range(2):
@@ -453,7 +498,9 @@ def test_parallel_drawing_equals_recomputation(rule, grid, size, monkeypatch):
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("grid", GRIDS)
 def test_pictures_are_on_the_palette(backbone, rule, grid):
-    """uint8 pictures of the grid's size made of known patches, for a str and a list, with and without guidance."""
+    """uint8 pictures of the grid's size made of known patches, for a str and a list, with and
+    without guidance.
+    """
     tokens, model = make(backbone, grid)
     size = (2 * grid[0], 2 * grid[1], 3)
     for guidance in (0.0, 1.5):
@@ -465,8 +512,9 @@ def test_pictures_are_on_the_palette(backbone, rule, grid):
 
 @both
 def test_one_prompt_or_a_list(backbone, monkeypatch):
-    """A str gives the picture that a list of one gives; rows of a greedy batch do not see each other (but share one
-    stream of random numbers, from which Show-o's noise comes)."""
+    """A str gives the picture that a list of one gives; rows of a greedy batch do not see each
+    other (but share one stream of random numbers, from which Show-o's noise comes).
+    """
     tokens, model = make(backbone, (3, 3))
     prompts = ["a b c d e", "e", "b b"]
     for temperature in (0.0, 1.0):
@@ -481,7 +529,9 @@ def test_one_prompt_or_a_list(backbone, monkeypatch):
 @both
 @pytest.mark.parametrize("guidance", [0.0, 2.0])
 def test_seeds_reproduce_pictures(backbone, guidance):
-    """The same seed draws the same pictures and leaves the global generator alone; another seed draws others."""
+    """The same seed draws the same pictures and leaves the global generator alone; another seed
+    draws others.
+    """
     tokens, model = make(backbone, (3, 3))
     state = torch.get_rng_state()
     first, again, other = (generate_image(model, tokens, ["a", "b"], guidance=guidance, steps=4, seed=seed)
@@ -492,7 +542,9 @@ def test_seeds_reproduce_pictures(backbone, guidance):
 
 @both
 def test_guidance(backbone):
-    """Guidance 0 runs one stream, w > 0 a second one with an empty caption; w -> 0 tends to the picture without."""
+    """Guidance 0 runs one stream, w > 0 a second one with an empty caption; w -> 0 tends to the
+    picture without.
+    """
     tokens, model = make(backbone, (3, 3))
     seen, original = [], model.forward
     model.forward = lambda ids, **rest: (seen.append(ids.clone()), original(ids, **rest))[1]
@@ -502,7 +554,7 @@ def test_guidance(backbone):
     almost = generate_image(model, tokens, ["a b", "c"], temperature=0.0, steps=4, guidance=1e-12)
     assert torch.equal(almost, plain) and {len(ids) for ids in seen} == {4}
     empty = [i for i in seen[0][3].tolist() if i != tokens.pad]
-    prompt = tokens.t2i_prompt("")                         # without its soi where the prompt is prefilled by itself
+    prompt = tokens.t2i_prompt("")  # without its soi where the prompt is prefilled by itself
     assert empty[:len(prompt)] == prompt[:len(empty)] and len(empty) > 2 and torch.equal(seen[0][2], seen[0][3])
     far = generate_image(model, tokens, ["a b", "c"], temperature=0.0, steps=4, guidance=50.0)
     assert not torch.equal(far, plain)
@@ -510,13 +562,15 @@ def test_guidance(backbone):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_guided_rows_equal_recomputation(rule):
-    """Emu3 with guidance, greedy: each code is the argmax of c + w (c - u), both streams fed with the same codes."""
+    """Emu3 with guidance, greedy: each code is the argmax of c + w (c - u), both streams fed
+    with the same codes.
+    """
     tokens, model = make("emu3")
     codes, w = [], 1.5
     for n in range(6):
         tail = [i for k, c in enumerate(codes) for i in [c] + [tokens.special["EOL"]] * (k % 3 == 2)]
         rows = [torch.tensor([tokens.t2i_prompt(p) + tail]) for p in ("a b", "")]
-        coming = 2 * 4 + 3 - len(tail)                     # of two rows of three codes and EOL, EOF, eoi, EOS
+        coming = 2 * 4 + 3 - len(tail)  # of two rows of three codes and EOL, EOF, eoi, EOS
         c, u = (model(row, task="t2i", routing=rule, n_future=coming).logits[0, -1].log_softmax(-1) for row in rows)
         codes.append(int((c + w * (c - u))[tokens.image_start:tokens.image_end].argmax()) + tokens.image_start)
     image = generate_image(model, tokens, "a b", rule, temperature=0.0, guidance=w)
@@ -525,7 +579,9 @@ def test_guided_rows_equal_recomputation(rule):
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 9, 30])
 def test_parallel_drawing_hides_less_and_less(steps):
-    """Before the first step all codes are masked, later floor(N cos(pi s / 2 S)), at most N - s; drawn codes stay."""
+    """Before the first step all codes are masked, later floor(N cos(pi s / 2 S)), at most N - s;
+    drawn codes stay.
+    """
     tokens, model = make("showo", (3, 3))
     seen = film(model, tokens)
     image = generate_image(model, tokens, ["a", "b c"], steps=steps)
@@ -577,7 +633,9 @@ def test_nothing_to_do(backbone):
 
 
 def test_a_picture_that_does_not_fit():
-    """Emu3: prompt and picture longer than max_length is a ValueError before the first step; one that just fits draws."""
+    """Emu3: prompt and picture longer than max_length is a ValueError before the first step; one
+    that just fits draws.
+    """
     tokens, _ = make("emu3")
     length = len(tokens.t2i_prompt("a b")) + 2 * 4 - 2
     for short in (0, 1):

@@ -1,8 +1,9 @@
-"""pretrained.HFText: the text tokenizers of Show-o and Emu3, and with them the published sequences to the last id.
+"""pretrained.HFText: the text tokenizers of Show-o and Emu3, and with them the published sequences
+to the last id.
 
-The ids are those of showlab/Show-o (training/prompting_utils.py) and baaivision/Emu3 (emu3/mllm/tokenization_emu3.py,
-processing_emu3.py). A stand-in has the sizes of the published tokenizers; where transformers is installed, small ones
-that it trains itself come beside it.
+The ids are those of showlab/Show-o (training/prompting_utils.py) and baaivision/Emu3
+(emu3/mllm/tokenization_emu3.py, processing_emu3.py). A stand-in has the sizes of the published
+tokenizers; where transformers is installed, small ones that it trains itself come beside it.
 """
 import json
 import sys
@@ -25,7 +26,9 @@ EXTRAS = [END, "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(2
 
 
 class StandIn:
-    """Letters and signs as ids from 0, special tokens where the published tokenizers have them; `pairs` are merged."""
+    """Letters and signs as ids from 0, special tokens where the published tokenizers have them;
+    `pairs` are merged.
+    """
     pairs = ("?.",)
 
     def __init__(self, specials: dict, size: int, **names):
@@ -49,7 +52,8 @@ class StandIn:
         return ids
 
     def decode(self, ids, skip_special_tokens, clean_up_tokenization_spaces):
-        assert skip_special_tokens is True and clean_up_tokenization_spaces is False       # "a ?" must come back
+        # "a ?" must come back
+        assert skip_special_tokens is True and clean_up_tokenization_spaces is False
         hidden = set(self.specials.values())
         return "".join(self.pairs[i - 1000] if i >= 1000 else chr(i) for i in ids if i not in hidden)
 
@@ -72,7 +76,6 @@ def ids(text):
     return [ord(letter) for letter in text]
 
 
-# ---------------------------------------------------------------------------------------- the published ids
 
 @pytest.mark.parametrize("backbone, preset", [("showo", "showo-1.3b"), ("emu3", "emu3-8b")])
 def test_the_vocabulary_is_the_published_one(backbone, preset):
@@ -96,7 +99,9 @@ def test_emu3_special_ids():
 
 
 def test_showo_sequences():
-    """Padded on the left to draw, on the right to answer; task token, text between two ends, the picture in its marks."""
+    """Padded on the left to draw, on the right to answer; task token, text between two ends, the
+    picture in its marks.
+    """
     tokens, picture = tokenizer("showo", text_length=6), torch.tensor([[[0, 8191]]])
     t2i, mmu, lm = tokens.t2i(["fox"], picture), tokens.mmu(["a?"], ["b"], picture), tokens.lm(["fox"])
     codes = [50296, 50305, 58496, 50297]
@@ -109,7 +114,10 @@ def test_showo_sequences():
 
 
 def test_emu3_sequences():
-    """The question goes on into ". ASSISTANT:" as one text, so that a merge across the seam is the published one."""
+    """The question goes on into ".
+
+    ASSISTANT:" as one text, so that a merge across the seam is the published one.
+    """
     tokens, picture = tokenizer("emu3", grid=(2, 1)), torch.tensor([[[0], [32767]]])
     image = [151852, *ids("2*1"), 151851, 151854, 151846, 184621, 151846, 151847, 151853]
     t2i, mmu = tokens.t2i(["fox"], picture), tokens.mmu(["a?"], ["b"], picture)
@@ -122,7 +130,9 @@ def test_emu3_sequences():
 
 @pytest.mark.parametrize("backbone", ["showo", "emu3"])
 def test_names_and_texts(backbone):
-    """Every special id has its name (sot and eot share one); text comes back without special ids and image codes."""
+    """Every special id has its name (sot and eot share one); text comes back without special ids
+    and image codes.
+    """
     tokens = tokenizer(backbone)
     for name, i in tokens.special.items():
         assert tokens.name(i) == ("eot" if name == "sot" else name)
@@ -139,21 +149,27 @@ def test_names_and_texts(backbone):
     (phi, "llama", "backbone must be showo or emu3, got 'llama'"),
 ])
 def test_another_tokenizer_is_refused(text, backbone, message):
-    """Of another model, with tokens that were added before, for no backbone: one line says what is wrong."""
+    """Of another model, with tokens that were added before, for no backbone: one line says what
+    is wrong.
+    """
     with pytest.raises(ValueError, match=message):
         HFText(text(), backbone)
 
 
 @pytest.mark.parametrize("backbone, question", [("showo", "USER: \nfox? ASSISTANT:"), ("emu3", "fox?")])
 def test_chat(backbone, question):
-    """Show-o's question as its inference_mmu.py asks it; Emu3's layout asks by itself; a blank before an answer."""
+    """Show-o's question as its inference_mmu.py asks it; Emu3's layout asks by itself; a blank
+    before an answer.
+    """
     text = tokenizer(backbone).text
     assert text.chat("fox?", "yes") == (question, " yes") and text.chat("fox?")[0] == question
 
 
 @pytest.mark.parametrize("backbone, said", [("showo", "fox"), ("emu3", "fox1*2")])
 def test_kept_words_are_words(backbone, said):
-    """--explain shows the text of a sequence: no special token, though some lie among the tokenizer's own ids."""
+    """--explain shows the text of a sequence: no special token, though some lie among the
+    tokenizer's own ids.
+    """
     tokens = tokenizer(backbone)
     sizes = tiny(backbone, vocab_size=tokens.vocab_size, image_start=tokens.image_start)
     model = UnifiedTransformer(sizes, Plan({"t2i": (1, .5, 1)}))
@@ -162,7 +178,10 @@ def test_kept_words_are_words(backbone, said):
 
 
 def test_a_text_is_counted_as_it_is_laid_out():
-    """The merge across the seam counts: three letters and a mark are one id less with ". ASSISTANT:" behind them."""
+    """The merge across the seam counts: three letters and a mark are one id less with ".
+
+    ASSISTANT:" behind them.
+    """
     tokens = tokenizer("emu3", text_length=4)
     assert tokens.room("mmu") == 3
     for question, answer, fits in (("abc", "", True), ("abc?", "", True), ("abcd", "", False), ("ab?", "b", True),
@@ -177,7 +196,9 @@ def test_a_text_is_counted_as_it_is_laid_out():
 
 
 def test_texts_that_do_not_come_back(monkeypatch):
-    """A record keeps ids and the loader reads texts: one whose ids do not give it back is refused, not changed."""
+    """A record keeps ids and the loader reads texts: one whose ids do not give it back is
+    refused, not changed.
+    """
     tokens = tokenizer("showo")
     assert text_ids(tokens, "mmu", "fox", "a") == (tuple(ids("fox")), tuple(ids("a")))
     encode = tokens.text.tokenizer.encode
@@ -185,7 +206,8 @@ def test_texts_that_do_not_come_back(monkeypatch):
         i for part in text.replace(END, "\0").split("\0") for i in (50256, *encode(part, **more))][1:])
     with pytest.raises(ValueError, match=r"the ids of 'a<\|endoftext\|>b' give back 'ab': is a special token in it"):
         text_ids(tokens, "mmu", "fox", f"a{END}b")
-    monkeypatch.setattr(tokens.text.tokenizer, "encode", lambda text, **more: [])          # a tokenizer without letters
+    # a tokenizer without letters
+    monkeypatch.setattr(tokens.text.tokenizer, "encode", lambda text, **more: [])
     with pytest.raises(ValueError, match=r"the ids of 'fox' give back ''"):
         text_ids(tokens, "t2i", "fox", "")
 
@@ -218,7 +240,6 @@ def test_a_slow_tokenizer_cannot_be_stored():
         tokenizer("showo").state()
 
 
-# -------------------------------------------------------------------------------- tokenizers of transformers itself
 
 @pytest.fixture
 def trained():
@@ -241,7 +262,9 @@ def trained():
 
 @pytest.mark.parametrize("backbone", ["showo", "emu3"])
 def test_a_tokenizer_of_transformers(trained, backbone):
-    """Text comes back, special and image ids do not overlap it, and a model of that vocabulary answers."""
+    """Text comes back, special and image ids do not overlap it, and a model of that vocabulary
+    answers.
+    """
     text = HFText(trained(backbone), backbone)
     palette = Palette(torch.zeros(4, 2, 2, 3, dtype=torch.uint8))
     tokens = Tokenizer(backbone, text, palette, (2, 2), 24)
@@ -259,8 +282,10 @@ def test_a_tokenizer_of_transformers(trained, backbone):
 
 @pytest.mark.parametrize("backbone", ["showo", "emu3"])
 def test_it_is_stored_in_a_data_set(trained, tmp_path, monkeypatch, backbone):
-    """prepare --text FOLDER: the tokenizer lies in the data set and gives the ids of the one in the folder; questions
-    are asked as the published weights know them, and text with a special token is left out by name."""
+    """prepare --text FOLDER: the tokenizer lies in the data set and gives the ids of the one in the
+    folder; questions are asked as the published weights know them, and text with a special token is
+    left out by name.
+    """
     hf = trained(backbone)
     hf.save_pretrained(tmp_path / "hf")
     (tmp_path / "a").mkdir()
@@ -282,14 +307,14 @@ def test_it_is_stored_in_a_data_set(trained, tmp_path, monkeypatch, backbone):
     rows = [shards.sample("mmu", i) for i in range(shards.count("mmu"))]
     wanted = [text.chat("Please describe this image.", x) for x in texts[:2]]
     assert [shards.texts(row) for row in rows] == wanted
-    for row, (question, answer) in zip(rows, wanted):      # what training sees is the text's own layout
+    for row, (question, answer) in zip(rows, wanted):  # what training sees is the text's own layout
         one = tokens.mmu([row.question], [row.answer], row.codes[None])
         two = own.mmu([question], [answer], row.codes[None])
         assert all(a is b is None or torch.equal(a, b) for a, b in zip(one, two))
     drawn = [shards.sample("t2i", i) for i in range(shards.count("t2i"))]
     assert [shards.texts(row)[0] for row in drawn] == texts[:2]
     assert (tmp_path / "out" / "skipped.txt").read_text().count("give back") == 2
-    run(*given, "--text", tmp_path / "hf" / ".." / "hf")                    # the same folder: finished
+    run(*given, "--text", tmp_path / "hf" / ".." / "hf")  # the same folder: finished
     monkeypatch.setitem(sys.modules, "transformers", None)
     for read in (lambda: Shards(tmp_path / "out"), lambda: prepare.load_codec(tmp_path / "out" / "tokenizer.pt")):
         with pytest.raises(ImportError, match="pip install transformers"):
@@ -298,8 +323,9 @@ def test_it_is_stored_in_a_data_set(trained, tmp_path, monkeypatch, backbone):
 
 @pytest.mark.parametrize("backbone", ["showo", "emu3"])
 def test_a_state_outlives_versions_and_use(trained, backbone):
-    """What was stored is stored again, though this version of transformers would write it otherwise and a call may
-    switch stored truncation and padding off."""
+    """What was stored is stored again, though this version of transformers would write it otherwise
+    and a call may switch stored truncation and padding off.
+    """
     hf = trained(backbone)
     hf.backend_tokenizer.enable_truncation(3)
     tokens = Tokenizer(backbone, HFText(hf, backbone), Codes(4), (2, 2), 20)
@@ -314,7 +340,9 @@ def test_a_state_outlives_versions_and_use(trained, backbone):
 @pytest.mark.parametrize("file, content", [("x", ""), ("tokenizer.json", "{}"), ("tokenizer_config.json", "[]"),
                                            ("config.json", '{"model_type": "phi", "architectures": ["PhiForCausalLM"]}')])
 def test_what_is_no_tokenizer(tmp_path, file, content):
-    """An empty folder, broken files, and weights without a tokenizer, of which transformers makes an empty one."""
+    """An empty folder, broken files, and weights without a tokenizer, of which transformers
+    makes an empty one.
+    """
     pytest.importorskip("transformers")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / file).write_text(content)

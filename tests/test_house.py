@@ -31,7 +31,9 @@ def imports() -> dict:
 
 
 def test_the_method_imports_nothing_from_the_rooms():
-    """The top of the package is what the pages teach: readers of files, runs and folders are built on it."""
+    """The top of the package is what the pages teach: readers of files, runs and folders are
+    built on it.
+    """
     for name, used in imports().items():
         if "." not in name:
             assert not any(other.split(".")[0] in ROOMS for other in used), name

@@ -60,8 +60,9 @@ def test_shapes_order_and_limit(tmp_path, Image):
 
 
 def test_near_duplicates_are_told_apart():
-    """Sixty pictures that differ by 1, 2, 3 .. in one channel of one pixel: each is read from its own codes as itself. And every
-    picture needs a caption."""
+    """Sixty pictures that differ by 1, 2, 3 .. in one channel of one pixel: each is read from its
+    own codes as itself. And every picture needs a caption.
+    """
     one = torch.randint(180, 256, (64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     images = one.repeat(60, 1, 1, 1)
     for i in range(60):
@@ -132,7 +133,8 @@ def test_palette_transparency_becomes_white(tmp_path, Image):
 def test_opaque_modes(tmp_path, Image, monkeypatch, mode, fill, suffix, expected):
     """Grey, palette, CMYK and black-and-white pictures become the same colours in RGB."""
     Image.new(mode, (4, 4), fill).save(tmp_path / f"a.{suffix}")
-    monkeypatch.setattr(Image, "alpha_composite", None)    # a copy that only transparent pictures need
+    # a copy that only transparent pictures need
+    monkeypatch.setattr(Image, "alpha_composite", None)
     image = read_image(tmp_path / f"a.{suffix}", 4)
     assert image.shape == (4, 4, 3) and pixel(image, 3, 3) == expected
 
@@ -174,8 +176,9 @@ def test_aspect_ratio_is_kept(tmp_path_factory, width, height, size):
 @example(width=200, height=1, size=(32, 7))
 @example(width=60, height=30, size=(10, 20))
 def test_a_picture_fits_into_a_rectangle(tmp_path_factory, width, height, size):
-    """Size (H, W): one side fills it, the other is in proportion (at least 1), margins equal; (S, S)
-    is S."""
+    """Size (H, W): one side fills it, the other is in proportion (at least 1), margins equal; (S,
+    S) is S.
+    """
     Image = pytest.importorskip("PIL.Image")
     path = tmp_path_factory.mktemp("rectangle") / "a.png"
     Image.new("RGB", (width, height), "black").save(path)
@@ -203,8 +206,9 @@ def test_a_rectangle_of_a_large_photograph(tmp_path, Image):
 
 @pytest.mark.parametrize("k", range(2, 17))
 def test_a_drawing_is_read_back(tmp_path, k):
-    """An enlarged drawing of the toy world, as `generate` writes it, has the codes that it was drawn
-    from: every patch of the world is among them."""
+    """An enlarged drawing of the toy world, as `generate` writes it, has the codes that it was
+    drawn from: every patch of the world is among them.
+    """
     Image = pytest.importorskip("PIL.Image")
     for world in (World(), World(side=3, margin=1)):
         rng, codec = Random(0), Palette(world.patches)
@@ -247,7 +251,9 @@ def test_photographs_stand_upright(tmp_path, Image):
 
 
 def test_an_odd_entry_does_not_lose_a_turned_photograph(tmp_path, Image):
-    """An EXIF block whose XResolution (282) is a text, instead of a fraction, still says how the picture stands (274)."""
+    """An EXIF block whose XResolution (282) is a text, instead of a fraction, still says how the
+    picture stands (274).
+    """
     entries = struct.pack("<HHIHH", 274, 3, 1, 6, 0) + struct.pack("<HHI4s", 282, 2, 4, b"72\0\0")
     block = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4)
     picture = Image.new("RGB", (64, 64), "white")
@@ -269,7 +275,9 @@ def test_a_block_that_is_no_exif_says_nothing(tmp_path, Image, format):
 
 @pytest.mark.parametrize("size, decoded", [((1024, 768), (128, 96)), ((1022, 768), (511, 384)), ((1023, 768), None)])
 def test_large_photographs_are_decoded_small(tmp_path, Image, monkeypatch, size, decoded):
-    """A JPEG is decoded at 1/8, 1/4 or 1/2 where that divides its sides, within 1 of 255 of the picture in full."""
+    """A JPEG is decoded at 1/8, 1/4 or 1/2 where that divides its sides, within 1 of 255 of the
+    picture in full.
+    """
     from PIL import ImageOps
     seen, real = [], ImageOps.exif_transpose
     shapes = Image.linear_gradient("L").resize(size).convert("RGB")
@@ -338,7 +346,9 @@ def test_bad_lines_name_file_and_line(tmp_path, bad, message):
 
 @pytest.mark.parametrize("name", ["gone.png", ".", "x" * 300, "y/" * 2500])
 def test_missing_picture_names_file_and_line(tmp_path, name):
-    """A picture that is not there, not a file, or cannot be a file, is a FileNotFoundError with its path and line."""
+    """A picture that is not there, not a file, or cannot be a file, is a FileNotFoundError with
+    its path and line.
+    """
     folder = write_folder(tmp_path, [{"file_name": name, "text": "a"}])
     with pytest.raises(FileNotFoundError) as error:
         read_metadata(folder)
@@ -375,8 +385,9 @@ def test_a_photograph_of_a_telephone_is_read(tmp_path, Image):
 
 
 def test_a_picture_that_is_a_program(tmp_path, Image, monkeypatch):
-    """PostScript, which Pillow would give to Ghostscript, is refused; the error says what is read, and
-    is the same for an open file, wherever that lies in memory."""
+    """PostScript, which Pillow would give to Ghostscript, is refused; the error says what is read,
+    and is the same for an open file, wherever that lies in memory.
+    """
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("started a program"))
     script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
     (tmp_path / "a.jpg").write_bytes(script)

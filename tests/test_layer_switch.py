@@ -14,7 +14,8 @@ from unimod_mini.plan import Plan
 from unimod_mini.tokenizer import Batch, Palette, Tokenizer, WordText
 from unimod_mini.transformer import UnifiedTransformer
 
-switch = importlib.import_module("unimod_mini.layer_switch")     # the package has a function of the same name
+# the package has a function of the same name
+switch = importlib.import_module("unimod_mini.layer_switch")
 BACKBONES, MEASURES = ("showo", "emu3"), ("rank", "energy")
 both = pytest.mark.parametrize("backbone", BACKBONES)
 CONFIG = {name: replace(ModelConfig.preset(f"toy-{name}"), d_model=64, d_ff=160) for name in BACKBONES}
@@ -46,13 +47,15 @@ def samples(tokens, n=3, seed=0):
 
 
 def flatten(model, layer):
-    """Make the attention scores of one layer low-rank by construction (1 for showo, at most 2 for emu3)."""
+    """Make the attention scores of one layer low-rank by construction (1 for showo, at most 2
+    for emu3).
+    """
     attention, d = model.blocks[layer].attention, model.config.head_width
     with torch.no_grad():
-        if model.config.backbone == "showo":               # a query is one unrotated direction: q_i = s_i e_d
+        if model.config.backbone == "showo":  # a query is one unrotated direction: q_i = s_i e_d
             attention.q_norm.weight[:-1] = 0.0
             attention.q_norm.bias.zero_()
-        else:                                              # a query lives in one rotated plane, spanned by e_0, e_(d/2)
+        else:  # a query lives in one rotated plane, spanned by e_0, e_(d/2)
             rows = torch.arange(attention.q.weight.shape[0])
             attention.q.weight[(rows % d != 0) & (rows % d != d // 2)] = 0.0
 
@@ -69,13 +72,14 @@ def tables(n_layer=8):
     return st.fixed_dictionaries({"t2i": row, "mmu": row})
 
 
-# ------------------------------------------------------------------------------------------------------- ranks
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), st.sampled_from([0.3, 0.01, 1e-6]),
        st.integers(0, 10**6))
 def test_rank_of(rows, columns, inner, tolerance, seed):
-    """"rank" is torch.linalg.matrix_rank at that relative tolerance; "energy" is the smallest r whose r largest
-    singular values hold 1 - tolerance of the energy, found by adding them one by one."""
+    """"rank" is torch.linalg.matrix_rank at that relative tolerance; "energy" is the smallest r
+    whose r largest singular values hold 1 - tolerance of the energy, found by adding them one by
+    one.
+    """
     generator = torch.Generator().manual_seed(seed)
     a, b = (torch.randn(4, n, inner, generator=generator, dtype=torch.float64) for n in (rows, columns))
     matrix = a * torch.rand(inner, generator=generator, dtype=torch.float64)**3 @ b.mT
@@ -103,7 +107,9 @@ def test_rank_of_by_hand():
 @both
 @pytest.mark.parametrize("measure", MEASURES)
 def test_arank_is_the_rank_of_the_attention_that_runs(backbone, measure, monkeypatch):
-    """Queries and keys are caught inside the forward; the mean rank over heads and samples, over T, is the ARank."""
+    """Queries and keys are caught inside the forward; the mean rank over heads and samples, over
+    T, is the ARank.
+    """
     tokens, model = make(backbone)
     for task, batch in samples(tokens).items():
         caught, attend = [], F.scaled_dot_product_attention
@@ -132,7 +138,9 @@ def test_arank_is_the_rank_of_the_attention_that_runs(backbone, measure, monkeyp
 @pytest.mark.parametrize("measure", MEASURES)
 @given(st.integers(0, 10**6))
 def test_arank_lies_in_0_1(backbone, measure, seed):
-    """Every value is in (0, 1] and at most head width over length; a table has a row of plain floats a task."""
+    """Every value is in (0, 1] and at most head width over length; a table has a row of plain
+    floats a task.
+    """
     tokens, model = make(backbone, seed=seed)
     batches = samples(tokens, seed=seed)
     table = switch.arank_table(model, batches, measure)
@@ -151,7 +159,9 @@ def test_weights_that_are_not_numbers():
 
 
 def test_samples_that_have_no_rank():
-    """A row of padding alone, and a tolerance that no singular value could or all would exceed: ValueError."""
+    """A row of padding alone, and a tolerance that no singular value could or all would exceed:
+    ValueError.
+    """
     tokens, model = make("emu3")
     batch = samples(tokens)["mmu"]
     batch.valid[1] = False
@@ -165,7 +175,9 @@ def test_samples_that_have_no_rank():
 @both
 @pytest.mark.parametrize("measure", MEASURES)
 def test_padding_adds_no_rank(backbone, measure):
-    """A padded row has the ARank of the same row without its padding; a batch has the mean of its rows."""
+    """A padded row has the ARank of the same row without its padding; a batch has the mean of
+    its rows.
+    """
     tokens, model = make(backbone)
     for task, batch in samples(tokens, n=4).items():
         trimmed = []
@@ -183,7 +195,9 @@ def test_padding_adds_no_rank(backbone, measure):
 @pytest.mark.parametrize("measure", MEASURES)
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_a_low_rank_layer_is_ranked_lowest(backbone, measure, layer):
-    """A layer whose queries are confined to a line or a plane has the lowest ARank of all, and is pruned the most."""
+    """A layer whose queries are confined to a line or a plane has the lowest ARank of all, and
+    is pruned the most.
+    """
     tokens, model = make(backbone)
     batches = samples(tokens)
     before = switch.arank_table(model, batches, measure)
@@ -205,12 +219,13 @@ def test_arank_measures_the_model_at_rest():
     assert switch.arank_table(dropping.train(), batches) == switch.arank_table(model.eval(), batches)
 
 
-# ------------------------------------------------------------------------------------------------------- plans
 
 @both
 @given(tables(), st.sampled_from(BUDGETS))
 def test_plans_meet_their_budget(backbone, table, budget):
-    """Counted training FLOPs lie at most one percent under the budget and never above it; every row has L ratios."""
+    """Counted training FLOPs lie at most one percent under the budget and never above it; every
+    row has L ratios.
+    """
     plan = switch.plan_from_arank(table, CONFIG[backbone], LENGTHS, budget)
     assert isinstance(plan, Plan) and plan.tasks == tuple(table) and plan.n_layer == 8 and not plan.shared_router
     assert budget - 0.01 <= ratio(CONFIG[backbone], plan, LENGTHS) <= budget
@@ -218,7 +233,9 @@ def test_plans_meet_their_budget(backbone, table, budget):
 
 @given(tables(), st.sampled_from(BUDGETS))
 def test_the_less_rank_the_less_is_kept(table, budget):
-    """Within a task keep never falls where rho rises, and at least one layer of some task is pruned."""
+    """Within a task keep never falls where rho rises, and at least one layer of some task is
+    pruned.
+    """
     plan = switch.plan_from_arank(table, CONFIG["showo"], LENGTHS, budget)
     for task, row in table.items():
         keeps = [keep for _, keep in sorted(zip(row, plan.keep[task]))]
@@ -228,8 +245,10 @@ def test_the_less_rank_the_less_is_kept(table, budget):
 
 @pytest.mark.parametrize("budget", [0.6, 0.7, 0.8, 0.9])
 def test_switched_layers_keep_rho(budget):
-    """Layers switch one after the other from keep 1 to keep rho, in the order of rho over their task's mean; at most
-    two are half-way. (Every layer at its rho costs 0.5 here, so no budget of this test scales them.)"""
+    """Layers switch one after the other from keep 1 to keep rho, in the order of rho over their
+    task's mean; at most two are half-way. (Every layer at its rho costs 0.5 here, so no budget of
+    this test scales them.)
+    """
     table = {"t2i": [0.30, 0.62, 0.34, 0.54, 0.38, 0.58, 0.46, 0.50],
              "mmu": [0.20, 0.60, 0.63, 0.25, 0.31, 0.66, 0.36, 0.43]}
     plan = switch.plan_from_arank(table, CONFIG["showo"], LENGTHS, budget)
@@ -250,9 +269,12 @@ def test_a_low_budget_scales_all_keeps():
 
 
 @given(tables(), st.floats(0.02, 0.99))
-@example({"t2i": [1.0] * 8, "mmu": [1.0, 1.0, *[0.04] * 6]}, 0.2)            # mmu's layer 1 stands above t2i's first
+# mmu's layer 1 stands above t2i's first
+@example({"t2i": [1.0] * 8, "mmu": [1.0, 1.0, *[0.04] * 6]}, 0.2)
 def test_a_first_layer_that_stands_out_stays_dense_while_the_others_can_pay(table, budget):
-    """With the highest rank of its task, whatever the other's are, it is touched only when nothing else is left."""
+    """With the highest rank of its task, whatever the other's are, it is touched only when
+    nothing else is left.
+    """
     config = CONFIG["emu3"]
     table = {task: [1.0, *(0.5 * rho for rho in row[1:])] for task, row in table.items()}
     gap = min(8 * (row[0] - max(row[1:])) / sum(row) for row in table.values())
@@ -267,7 +289,9 @@ def test_a_first_layer_that_stands_out_stays_dense_while_the_others_can_pay(tabl
 
 @given(tables(), st.sampled_from(BUDGETS), st.permutations(range(1, 8)))
 def test_permuting_the_table_permutes_the_plan(table, budget, order):
-    """The plan depends on the ranks, not on where in the stack a layer stands, the first one apart."""
+    """The plan depends on the ranks, not on where in the stack a layer stands, the first one
+    apart.
+    """
     order = [0, *order]
     plan = switch.plan_from_arank(table, CONFIG["emu3"], LENGTHS, budget)
     permuted = switch.plan_from_arank({task: [row[i] for i in order] for task, row in table.items()}, CONFIG["emu3"],
@@ -277,7 +301,9 @@ def test_permuting_the_table_permutes_the_plan(table, budget, order):
 
 
 def test_another_table_gives_another_plan():
-    """Reversing the ranks of one task changes its row; tasks of equal length swap their rows when the ranks swap."""
+    """Reversing the ranks of one task changes its row; tasks of equal length swap their rows
+    when the ranks swap.
+    """
     ramp, flat, config = [0.1 * n for n in range(1, 9)], [0.3, 0.5] * 4, CONFIG["showo"]
     plan = switch.plan_from_arank({"t2i": ramp, "mmu": flat}, config, LENGTHS, 0.7)
     back = switch.plan_from_arank({"t2i": ramp[::-1], "mmu": flat}, config, LENGTHS, 0.7)
@@ -314,7 +340,9 @@ def test_one_task_and_three():
     ([0.5] * 7 + [float("inf")], 0.8), ([0.5] * 7, 0.8),
     ([0.5] * 8, 0.001)])
 def test_impossible_plans(table, budget):
-    """A budget outside (0, 1] or below the head's share, ranks that are no ranks, a row too short: ValueError."""
+    """A budget outside (0, 1] or below the head's share, ranks that are no ranks, a row too
+    short: ValueError.
+    """
     with pytest.raises(ValueError, match="ARank over length must lie|no plan reaches|one keep ratio a layer"):
         switch.plan_from_arank({"t2i": table, "mmu": [0.5] * 8}, CONFIG["showo"], LENGTHS, budget)
 
@@ -329,7 +357,9 @@ def test_every_task_needs_ranks_and_a_length(tasks):
 @both
 @pytest.mark.parametrize("budget", [0.6, 0.85])
 def test_layer_switch(backbone, budget):
-    """From a model and its samples to a plan within the budget for exactly these lengths; the model runs with it."""
+    """From a model and its samples to a plan within the budget for exactly these lengths; the
+    model runs with it.
+    """
     tokens, model = make(backbone, n_layer=4)
     batches = samples(tokens)
     weights = {name: weight.clone() for name, weight in model.state_dict().items()}
@@ -348,8 +378,9 @@ def test_layer_switch(backbone, budget):
 
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_every_method_of_the_comparison(budget):
-    """unimod and mod meet the budget closely, one_router has unimod's plan, one_plan the plan of the tasks' mean, the
-    other methods are their fixed plans, a misspelt one is an error."""
+    """unimod and mod meet the budget closely, one_router has unimod's plan, one_plan the plan of
+    the tasks' mean, the other methods are their fixed plans, a misspelt one is an error.
+    """
     table, config = {"t2i": [0.1 * n for n in range(1, 9)], "mmu": [0.5, 0.2] * 4}, CONFIG["showo"]
     plans = {name: switch.plan_for_budget(name, table, config, LENGTHS, budget) for name in switch.METHODS}
     assert plans["unimod"] == switch.plan_from_arank(table, config, LENGTHS, budget)
@@ -360,7 +391,8 @@ def test_every_method_of_the_comparison(budget):
     assert plans["dense"] == Plan.dense(8) and plans["interleaved"] == Plan.interleaved(8)
     assert plans["early_exit"] == Plan.early_exit(8)
     everything = switch.plan_for_budget("mod", table, config, LENGTHS, 1.0)
-    assert everything == Plan.mod(8, keep=1.0)             # though a router at keep 0.999 costs more than dense
+    # though a router at keep 0.999 costs more than dense
+    assert everything == Plan.mod(8, keep=1.0)
     mod, least = plans["mod"], ratio(config, Plan.mod(8, keep=0.0), LENGTHS)
     assert mod.shared_router and mod == Plan.mod(8, keep=mod.keep["t2i"][1])
     assert max(budget, least) - 0.01 <= ratio(config, mod, LENGTHS) <= max(budget, least)

@@ -37,7 +37,9 @@ def t2i_batch(rows, seed=0):
 @given(st.integers(1, 3), st.integers(1, 6), st.integers(1, 9), seeds,
        st.sampled_from((torch.float32, torch.bfloat16)))
 def test_cross_entropy_against_a_loop(B, T, V, seed, dtype):
-    """Mean over the labelled tokens of -log softmax(logits)[label], in float32; 0 when nothing is labelled."""
+    """Mean over the labelled tokens of -log softmax(logits)[label], in float32; 0 when nothing
+    is labelled.
+    """
     generator = torch.Generator().manual_seed(seed)
     logits = (3 * torch.randn(B, T, V, generator=generator)).to(dtype)
     labels = torch.randint(V, (B, T), generator=generator)
@@ -69,8 +71,10 @@ def test_unlabelled_tokens_get_no_gradient():
 
 @given(st.integers(1, 5), seeds)
 def test_mask_hides_codes_only(rows, seed):
-    """Masked positions hold the mask id, they are codes, they keep their code as the unshifted label; nothing else is
-    labelled or changed; at least one a row is masked; the input batch is left alone."""
+    """Masked positions hold the mask id, they are codes, they keep their code as the unshifted
+    label; nothing else is labelled or changed; at least one a row is masked; the input batch is
+    left alone.
+    """
     batch, tok = t2i_batch(rows, seed), tokenizer()
     before = batch.ids.clone()
     masked = mask_image_tokens(batch, tok, torch.Generator().manual_seed(seed))
@@ -94,7 +98,9 @@ def test_mask_of_a_row_does_not_depend_on_its_batch(rows, seed):
 
 
 def test_mask_count():
-    """A row hides round(N cos(pi u / 2)) codes, at least one, for its own u, the first draw of the generator."""
+    """A row hides round(N cos(pi u / 2)) codes, at least one, for its own u, the first draw of
+    the generator.
+    """
     batch = t2i_batch(500)
     masked = mask_image_tokens(batch, tokenizer(), torch.Generator().manual_seed(3))
     u = torch.rand(500, 1, generator=torch.Generator().manual_seed(3)).squeeze(1).tolist()
@@ -103,7 +109,9 @@ def test_mask_count():
 
 
 def test_mask_distribution():
-    """Over u ~ U(0, 1): P(count >= n) = 2 / pi arccos((n - 1/2) / N), and every place is hidden equally often."""
+    """Over u ~ U(0, 1): P(count >= n) = 2 / pi arccos((n - 1/2) / N), and every place is hidden
+    equally often.
+    """
     rows = 20_000
     one = t2i_batch(1)
     batch = one._replace(ids=one.ids.repeat(rows, 1), labels=one.labels.repeat(rows, 1))
@@ -119,7 +127,9 @@ def test_mask_distribution():
 # ---------------------------------------------------------------- prompts, task losses
 
 def test_drop_prompts_rate():
-    """Each caption is emptied with probability `rate`, on its own, in place; rate 0 and 1 are exact."""
+    """Each caption is emptied with probability `rate`, on its own, in place; rate 0 and 1 are
+    exact.
+    """
     captions = [f"c{i}" for i in range(20_000)]
     dropped = drop_prompts(captions, .1, Random(0))
     assert all(new in ("", old) for new, old in zip(dropped, captions))
@@ -132,8 +142,9 @@ def test_drop_prompts_rate():
 
 @pytest.mark.parametrize("backbone", ("showo", "emu3"))
 def test_task_losses(backbone):
-    """The task loss is the cross-entropy at the labels, with no further shift; the predictor's is the mean over the
-    routed layers, and 0 without any."""
+    """The task loss is the cross-entropy at the labels, with no further shift; the predictor's is
+    the mean over the routed layers, and 0 without any.
+    """
     tok = tokenizer(backbone)
     batch = tok.mmu(["a", "b c"], ["b", "c"], torch.zeros(2, *GRID, dtype=torch.long))
     config = tiny(backbone, vocab_size=tok.vocab_size, image_start=tok.image_start)
@@ -163,7 +174,9 @@ def test_pictures_drawn_token_by_token_meet_the_predictors_choice(backbone, rule
 
 
 def test_the_auxiliary_loss_has_its_weight():
-    """Under membership="router" the loss on the router's own score is that of the scores, weighted 0.1."""
+    """Under membership="router" the loss on the router's own score is that of the scores,
+    weighted 0.1.
+    """
     tok = tokenizer("emu3")
     batch = tok.mmu(["a"], ["b"], torch.zeros(1, *GRID, dtype=torch.long))
     config = tiny("emu3", vocab_size=tok.vocab_size, image_start=tok.image_start, membership="router")
@@ -176,7 +189,9 @@ def test_the_auxiliary_loss_has_its_weight():
 
 @pytest.mark.parametrize("weights, total", [((), 3 + 5 + 7), (({"t2i": 1, "mmu": 4, "lm": 0},), 3 + 20)])
 def test_a_step_weighs_the_tasks(monkeypatch, weights, total):
-    """t2i and mmu count 1 and lm 0.1 (Show-o), or what is given; the predictors' loss is not weighted by task."""
+    """t2i and mmu count 1 and lm 0.1 (Show-o), or what is given; the predictors' loss is not
+    weighted by task.
+    """
     model, ones = torch.nn.Linear(1, 1), dict.fromkeys(("t2i", "mmu", "lm"))
     sizes = {"t2i": 3.0, "mmu": 5.0, "lm": 70.0}
     monkeypatch.setattr(objectives, "task_losses", lambda model, _, task, rule: Losses(sizes[task] * model.bias[0], model.weight[0, 0]))

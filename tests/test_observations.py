@@ -1,4 +1,6 @@
-"""benchmarks/observations.py: attention received, layers left out, tasks that compete for one router."""
+"""benchmarks/observations.py: attention received, layers left out, tasks that compete for one
+router.
+"""
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,12 +25,13 @@ def sample(config, rows, length, seed, padding="none", spans=False):
     return Batch(inputs["ids"], inputs.get("spans"), inputs.get("valid"), labels.masked_fill(~real(inputs), IGNORE))
 
 
-# ----------------------------------------------------------------------------------------- attention received
 
 @few
 @given(backbones, paddings, st.booleans(), seeds)
 def test_attention_received_pair_by_pair(backbone, padding, spans, seed):
-    """The mean, one pair after the other, of (tokens that i sees) x (attention of i to j), from the q and k that run."""
+    """The mean, one pair after the other, of (tokens that i sees) x (attention of i to j), from
+    the q and k that run.
+    """
     config = tiny(backbone)
     batch, caught, attend = sample(config, 2, 9, seed, padding, spans), [], F.scaled_dot_product_attention
     model = build(config, seed=seed)
@@ -80,12 +83,13 @@ def test_a_kind_that_is_not_there():
     assert got["image"].isnan().all() and torch.allclose(got["text"], torch.ones(N_LAYER))
 
 
-# --------------------------------------------------------------------------------------------- without a layer
 
 @few
 @given(backbones, plans(), seeds)
 def test_a_layer_left_out(backbone, plan, seed):
-    """The same logits as a copy of the model whose plan skips the layer; the model keeps its plan and its weights."""
+    """The same logits as a copy of the model whose plan skips the layer; the model keeps its
+    plan and its weights.
+    """
     config = tiny(backbone)
     model, batch = build(config, plan, seed), sample(config, 2, 7, seed)
     before = {name: x.clone() for name, x in model.state_dict().items()}
@@ -119,7 +123,6 @@ def test_a_layer_that_does_nothing_is_not_missed():
     assert [torch.equal(whole, x) for x in without] == [False, True, False]
 
 
-# ------------------------------------------------------------------------------------------------- competition
 
 def routers(config, seed=0):
     torch.manual_seed(seed)
@@ -154,7 +157,9 @@ def test_when_all_win_the_model_is_dense(backbone):
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_winners_update_and_learn(backbone, monkeypatch):
-    """Without noise, by hand: x + u for the winners alone, with all tokens as keys; the gradient is a sigmoid's."""
+    """Without noise, by hand: x + u for the winners alone, with all tokens as keys; the gradient
+    is a sigmoid's.
+    """
     config = tiny(backbone)
     monkeypatch.setattr(torch, "rand_like", lambda x: torch.full_like(x, 0.5))
     model, own = build(config), routers(config)
@@ -180,13 +185,17 @@ def test_winners_update_and_learn(backbone, monkeypatch):
 
 
 def test_the_task_whose_loss_counts_wins():
-    """Only one task's loss counts and its odd layer is needed: its tokens win. The model is left as it was."""
+    """Only one task's loss counts and its odd layer is needed: its tokens win.
+
+    The model is left as it was.
+    """
     config = tiny("emu3", n_layer=2)
     model = build(config, dtype=torch.float32)
     ids = {task: torch.randint(n, n + 5, (8, 10), generator=torch.Generator().manual_seed(n)) for n, task in
            ((0, "t2i"), (10, "mmu"))}
     with torch.no_grad():
-        labels = {task: model(x, task=task).logits.argmax(-1) for task, x in ids.items()}    # what the whole model says
+        # what the whole model says
+        labels = {task: model(x, task=task).logits.argmax(-1) for task, x in ids.items()}
     batches = {task: Batch(x, None, None, labels[task]) for task, x in ids.items()}
     before = {name: x.clone() for name, x in model.state_dict().items()}
     for winner, loser in (("t2i", "mmu"), ("mmu", "t2i")):
@@ -199,7 +208,9 @@ def test_the_task_whose_loss_counts_wins():
 
 @pytest.mark.parametrize("weights, autocast", [(torch.float32, True), (torch.bfloat16, False), (torch.float16, False)])
 def test_competition_in_low_precision(weights, autocast):
-    """Scores are compared in float32: no ties, half of the tokens win, whatever the dtype of the model."""
+    """Scores are compared in float32: no ties, half of the tokens win, whatever the dtype of the
+    model.
+    """
     config = tiny("emu3")
     model, batch = build(config, dtype=weights), sample(config, 8, 40, 0)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
@@ -208,7 +219,9 @@ def test_competition_in_low_precision(weights, autocast):
 
 
 def test_what_competition_refuses():
-    """A model that prunes already, one without an odd layer, a task that it does not know, ids that it does not have."""
+    """A model that prunes already, one without an odd layer, a task that it does not know, ids
+    that it does not have.
+    """
     config = tiny("emu3")
     batch = sample(config, 1, 5, 0)
     for model in (build(config, Plan.interleaved(N_LAYER)), build(tiny("emu3", n_layer=1))):

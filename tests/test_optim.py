@@ -8,12 +8,13 @@ from unimod_mini.optim import Muon, orthogonal
 
 @given(st.integers(1, 4), st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32 - 1), st.floats(1e-3, 1e3))
 def test_singular_values_move_near_one(n, rows, columns, seed, scale):
-    """The shorter side's singular vectors are kept, every value that is not tiny lands in [0.6, 1.25]; each matrix of a
-    stack comes out as it would alone, and a transposed one transposed."""
+    """The shorter side's singular vectors are kept, every value that is not tiny lands in [0.6,
+    1.25]; each matrix of a stack comes out as it would alone, and a transposed one transposed.
+    """
     x = scale * torch.randn(n, rows, columns, generator=torch.Generator().manual_seed(seed))
     y = orthogonal(x)
     u, s, v = torch.linalg.svd(x, full_matrices=False)
-    inner = u.mT @ y @ v.mT                                                  # diagonal in the basis of x
+    inner = u.mT @ y @ v.mT  # diagonal in the basis of x
     large = s > 0.05 * s[:, :1] * (s.shape[1] ** 0.5)
     moved = inner.diagonal(dim1=1, dim2=2)
     assert ((moved > 0.6) & (moved < 1.25))[large].all()
@@ -31,8 +32,9 @@ def test_a_gradient_of_zero_moves_nothing():
 
 
 def test_it_follows_torch_optim_muon():
-    """Three steps over matrices of two shapes, one without a gradient at first: torch.optim.Muon's weights, up to the
-    bf16 in which torch multiplies."""
+    """Three steps over matrices of two shapes, one without a gradient at first: torch.optim.Muon's
+    weights, up to the bf16 in which torch multiplies.
+    """
     generator = torch.Generator().manual_seed(0)
     start = [torch.randn(*shape, generator=generator) for shape in ((24, 16), (16, 40), (24, 16))]
     ours, theirs = ([x.clone().requires_grad_() for x in start] for _ in range(2))

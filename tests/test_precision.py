@@ -1,4 +1,6 @@
-"""One precision, chosen by name and kept by the model: what must hold in bf16 holds by force on every CPU."""
+"""One precision, chosen by name and kept by the model: what must hold in bf16 holds by force on
+every CPU.
+"""
 import copy
 import json
 
@@ -35,7 +37,9 @@ def routed(backbone, precision, **changes):
 
 @pytest.mark.parametrize("multiplies", (True, False))
 def test_auto_takes_what_the_hardware_multiplies(monkeypatch, multiplies):
-    """auto: bf16 (or what a model was trained in) where the CPU multiplies it; a name is taken at its word."""
+    """auto: bf16 (or what a model was trained in) where the CPU multiplies it; a name is taken
+    at its word.
+    """
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: multiplies)
     cpu = torch.device("cpu")
     assert find_precision("auto", cpu) == ("bf16" if multiplies else "float32")
@@ -48,7 +52,9 @@ def test_auto_takes_what_the_hardware_multiplies(monkeypatch, multiplies):
 
 @pytest.mark.parametrize("multiplies", (True, False))
 def test_a_checkpoint_brings_its_precision(tmp_path, monkeypatch, multiplies):
-    """What a model was trained in is loaded again, float32 where the device does not multiply it, or what is asked for."""
+    """What a model was trained in is loaded again, float32 where the device does not multiply
+    it, or what is asked for.
+    """
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: multiplies)
     for trained in ("float32", "bf16"):
         save_checkpoint(tmp_path / "a.pt", routed("emu3", trained))
@@ -79,11 +85,12 @@ def test_both_scripts_print_and_save_it(data, tmp_path, capsys, precision):  # n
     assert torch.load(tmp_path / "full" / "model.pt", weights_only=True)["precision"] == precision
 
 
-# ---------------------------------------------------------------- what bf16 changes, and what it does not
 
 @both
 def test_scores_stay_float32_and_exactly_k_are_kept(backbone):
-    """Products are bf16, scores, weights and logits' losses are not: the router's ranking has no ties of rounding."""
+    """Products are bf16, scores, weights and logits' losses are not: the router's ranking has no
+    ties of rounding.
+    """
     model, plain = routed(backbone, "bf16"), routed(backbone, "float32")
     inputs = call(model.config, 3, 14, seed=1, padding="left", spans=backbone == "showo")
     out, exact = model(**inputs, task="mmu"), plain(**inputs, task="mmu")
@@ -119,7 +126,9 @@ def test_arank_is_measured_in_float32(backbone):
 
 @both
 def test_a_toy_step_in_bf16(backbone):
-    """Weights stay float32 and finite, the losses are those of float32 to 1 %, every weight but idle ones moves."""
+    """Weights stay float32 and finite, the losses are those of float32 to 1 %, every weight but
+    idle ones moves.
+    """
     losses = {}
     for precision in ("float32", "bf16"):
         toy.torch.manual_seed(0)
@@ -137,7 +146,9 @@ def test_a_toy_step_in_bf16(backbone):
 
 @both
 def test_thresholds_hold_in_the_precision_that_they_serve_in(backbone):
-    """Calibrated in bf16, causal routing keeps in bf16 as many tokens as top-k, to one in twenty."""
+    """Calibrated in bf16, causal routing keeps in bf16 as many tokens as top-k, to one in
+    twenty.
+    """
     toy.torch.manual_seed(0)
     world, tokenizer = toy.make_world(toy.parse(["--backbone", backbone]))
     model = toy.dense_model(toy.toy_config(backbone, tokenizer), "cpu", "bf16")
@@ -165,7 +176,9 @@ def test_a_cache_in_bf16_holds_what_one_forward_computes(backbone):
 @both
 @pytest.mark.parametrize("precision", ("float32", "bf16"))
 def test_python_draws_what_the_command_line_draws(tmp_path, monkeypatch, backbone, precision):
-    """The same seed, the same picture and the same answer: the precision is the model's, not the caller's."""
+    """The same seed, the same picture and the same answer: the precision is the model's, not the
+    caller's.
+    """
     toy.torch.manual_seed(0)
     world, tokenizer = toy.make_world(toy.parse(["--backbone", backbone]))
     model = toy.dense_model(toy.toy_config(backbone, tokenizer), "cpu", precision)
@@ -184,7 +197,9 @@ def test_python_draws_what_the_command_line_draws(tmp_path, monkeypatch, backbon
 # ---------------------------------------------------------------- train_full.py in bf16
 
 def test_a_run_in_bf16_goes_on_to_the_same_bits(data, tmp_path):  # noqa: F811
-    """Stopped in the dense stage and after the switch, resumed, and finished: the weights of a run that nothing stopped."""
+    """Stopped in the dense stage and after the switch, resumed, and finished: the weights of a
+    run that nothing stopped.
+    """
     run(tmp_path / "whole", data["showo"], *bf16(STOP))
     for step in (2, 4):
         out = tmp_path / f"stopped-{step}"
@@ -194,7 +209,9 @@ def test_a_run_in_bf16_goes_on_to_the_same_bits(data, tmp_path):  # noqa: F811
 
 
 def test_two_processes_in_bf16_stay_near_one(data, tmp_path):  # noqa: F811
-    """bf16 rounds every product anew for another number of rows: ten steps stay within 1e-2 (float32: 1e-5)."""
+    """bf16 rounds every product anew for another number of rows: ten steps stay within 1e-2
+    (float32: 1e-5).
+    """
     given = [*bf16(TINY), "--steps", "10", "--dense", "1"]
     run(tmp_path / "one", data["emu3"], *given)
     argv = ["--data", str(data["emu3"]), "--out", str(tmp_path / "two"), *given]

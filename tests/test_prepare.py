@@ -1,4 +1,6 @@
-"""python -m unimod_mini.prepare, work_folder.py and readers.py: from files that people bring to shards, offline."""
+"""python -m unimod_mini.prepare, work_folder.py and readers.py: from files that people bring to
+shards, offline.
+"""
 import io
 import json
 import os
@@ -179,8 +181,10 @@ def test_npm_that_fails_is_named(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- sources
 
 def test_a_folder_becomes_shards(tmp_path, capsys):
-    """Every picture is drawn from its caption and described by it, as near to the original as its codec can; bytes are
-    the text; the report names error and codes in use; a sheet shows originals over reconstructions."""
+    """Every picture is drawn from its caption and described by it, as near to the original as its
+    codec can; bytes are the text; the report names error and codes in use; a sheet shows originals
+    over reconstructions.
+    """
     run(folder_of(tmp_path / "photos"), tmp_path / "out", *TINY, "--held", 0.4)
     shards, out = Shards(tmp_path / "out"), capsys.readouterr().out
     assert isinstance(shards.tokenizer.text, ByteText) and isinstance(shards.tokenizer.image, Palette)
@@ -223,8 +227,9 @@ def test_the_same_pictures_in_every_format(tmp_path):
 
 
 def test_questions_and_captions_in_one_data_set(tmp_path):
-    """A LLaVA file beside an image folder: a sample a turn, <image> taken out; a picture that both have is stored once
-    and lies on one side."""
+    """A LLaVA file beside an image folder: a sample a turn, <image> taken out; a picture that both
+    have is stored once and lies on one side.
+    """
     folder_of(tmp_path / "photos")
     turns = lambda *texts: [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
     box = turns("<image>\nWhat is it?", "A box.", "Which?", "The blue one.")
@@ -253,8 +258,10 @@ def test_questions_and_captions_in_one_data_set(tmp_path):
 
 
 def test_what_is_broken_is_listed_and_the_rest_is_kept(tmp_path):
-    """Broken pictures, missing files, bad lines, tars that end early, samples without picture or text, conversations
-    that are none: each is named in skipped.txt with the reason; everything else is there."""
+    """Broken pictures, missing files, bad lines, tars that end early, samples without picture or
+    text, conversations that are none: each is named in skipped.txt with the reason; everything else
+    is there.
+    """
     photos = folder_of(tmp_path / "photos")
     (photos / "2.png").write_bytes(png(2)[:40])
     with open(photos / "metadata.jsonl", "a") as file:
@@ -298,7 +305,9 @@ def test_what_is_broken_is_listed_and_the_rest_is_kept(tmp_path):
 
 
 def test_names_that_are_no_utf8(tmp_path):
-    """A Latin-1 name in a tar and in a folder: the picture counts, held out or not, and is listed when it is broken."""
+    """A Latin-1 name in a tar and in a folder: the picture counts, held out or not, and is
+    listed when it is broken.
+    """
     name, photos = os.fsdecode(b"caf\xe9.png"), folder_of(tmp_path / "photos", CAPTIONS)
     (photos / "2.png").rename(photos / name)
     (photos / os.fsdecode(b"\xe9.png")).write_bytes(b"broken")
@@ -324,8 +333,9 @@ def test_a_csv_that_breaks_off(tmp_path):
 
 
 def test_a_damaged_tar_says_so_wherever_it_breaks(tmp_path):
-    """Cut in a file, in a header or between two files: what is before counts, and the rest is listed.
-    A whole tar, also an empty one, lists nothing."""
+    """Cut in a file, in a header or between two files: what is before counts, and the rest is
+    listed. A whole tar, also an empty one, lists nothing.
+    """
     whole = tar_of(tmp_path / "whole.tar", web_files(range(6))).read_bytes()
     third = starts_of(tmp_path / "whole.tar")[6]           # three files a sample
     for cut, why in ((third, "there is no end mark: perhaps it is cut short"),
@@ -354,12 +364,13 @@ def read_and_listed(tar):
 
 @pytest.mark.parametrize("damage", (b"?" * 512, bytes(512)))
 def test_what_lies_behind_damage_is_read(tmp_path, damage):
-    """A header that is overwritten takes its own file along and is listed by its place; no file before
-    it goes with one behind it, and the rest is read."""
+    """A header that is overwritten takes its own file along and is listed by its place; no file
+    before it goes with one behind it, and the rest is read.
+    """
     files = web_files(range(4))
     whole = bytearray(tar_of(tmp_path / "a.tar", files).read_bytes())
     starts = starts_of(tmp_path / "a.tar")
-    whole[starts[4]:starts[4] + 512] = damage              # of the caption, between picture and .json
+    whole[starts[4]:starts[4] + 512] = damage  # of the caption, between picture and .json
     (tmp_path / "a.tar").write_bytes(whole)
     entries = list(read_source(tmp_path / "a.tar"))
     assert [entry.texts[0][1] for entry in entries[:1] + entries[4:]] == [CAPTIONS[i] for i in (0, 2, 3)]
@@ -432,8 +443,10 @@ def test_hidden_files_part_no_sample(tmp_path):
 
 
 def test_a_table_with_captions_that_would_be_wrong(tmp_path):
-    """A comma outside of quotes, a text that is not UTF-8 and an odd quote lose their row, a quote that is never closed
-    the rest: none of them becomes a shorter, a garbled or a longer caption. Commas at the end are no caption's."""
+    """A comma outside of quotes, a text that is not UTF-8 and an odd quote lose their row, a quote
+    that is never closed the rest: none of them becomes a shorter, a garbled or a longer caption.
+    Commas at the end are no caption's.
+    """
     photos = folder_of(tmp_path / "photos", csv=True)
     rows = ["file_name,text", "0.png,a cat, sleeping", "1.png,un caf\xe9", '5.png,"a cat" ', '2.png,"two, quoted",,',
             '3.png,"open', "4.png,four"]
@@ -448,7 +461,9 @@ def test_a_table_with_captions_that_would_be_wrong(tmp_path):
 
 
 def test_brackets_without_end(tmp_path):
-    """JSON that is nested too deeply to be read is one more thing that is listed, in each of the formats."""
+    """JSON that is nested too deeply to be read is one more thing that is listed, in each of the
+    formats.
+    """
     deep, photos = "[" * 100_000, folder_of(tmp_path / "photos")
     with open(photos / "metadata.jsonl", "a") as file:
         file.write(deep + "\n")
@@ -491,7 +506,7 @@ def test_the_most_frequent_reason_is_named(tmp_path):
     """Reasons are counted by their words: two captions in numbers are one, three links another."""
     skipped = [("a", "no caption"), ("b", "1.png is a link"), ("c", "no caption"), ("d", "'no caption' is a link"),
                ("e", '"what\'s this" is a link')]
-    assert prepare.nothing("5 entries", 0, skipped) == (
+    assert prepare.nothing_left("5 entries", 0, skipped) == (
         "nothing to train on: 5 entries were read, 0 held out and 5 left out, 3 of them for: 1.png is a link (b)")
     folder_of(tmp_path / "p", CAPTIONS[:2])
     with pytest.raises(SystemExit, match="error: nothing to train on: 2 entries were read, 2 held out and 0 left out$"):
@@ -500,8 +515,9 @@ def test_the_most_frequent_reason_is_named(tmp_path):
 
 @pytest.mark.parametrize("held", (0, 0.4))
 def test_no_text_to_train_on(tmp_path, monkeypatch, held):
-    """All training texts are over the budget: an error, also when a held-out one fits; nothing looks
-    finished then, not even when the second try is killed before its end."""
+    """All training texts are over the budget: an error, also when a held-out one fits; nothing
+    looks finished then, not even when the second try is killed before its end.
+    """
     captions = ["short" if is_held(i) and held else "far too long for it" for i in range(12)]
     folder_of(tmp_path / "p", captions)
     with open(tmp_path / "p" / "metadata.jsonl", "a") as file:
@@ -532,11 +548,14 @@ def test_suffixes_in_capitals(tmp_path):
 # ---------------------------------------------------------------- repeats, splits, budgets
 
 def test_a_repeated_picture_is_stored_once_and_on_one_side(tmp_path):
-    """The same pixels under another name: the same text is dropped, another one is kept, on the side of the first."""
+    """The same pixels under another name: the same text is dropped, another one is kept, on the
+    side of the first.
+    """
     photos = folder_of(tmp_path / "photos")
     with open(photos / "metadata.jsonl", "a") as file:
         for i in range(12):
-            Image.open(photos / f"{i}.png").save(photos / f"copy-{i}.bmp")   # other bytes, the same pixels
+            # other bytes, the same pixels
+            Image.open(photos / f"{i}.png").save(photos / f"copy-{i}.bmp")
             for text in (CAPTIONS[i], f"again {i}", f"again {i}"):
                 file.write(json.dumps({"file_name": f"copy-{i}.bmp", "text": text}) + "\n")
     run(photos, tmp_path / "out", *TINY, "--held", 0.4)
@@ -552,7 +571,9 @@ def test_a_repeated_picture_is_stored_once_and_on_one_side(tmp_path):
 
 @given(keys=st.lists(st.text(), min_size=1, max_size=20, unique=True), share_held=st.floats(0, 1))
 def test_the_split_of_a_picture_depends_on_its_key_alone(keys, share_held):
-    """Whatever else is in the data, and in whichever order; a larger share only adds to what is held out."""
+    """Whatever else is in the data, and in whichever order; a larger share only adds to what is
+    held out.
+    """
     held = {key for key in keys if share("split", key) < share_held}
     assert held == {key for key in reversed(keys) if share("split", key) < share_held}
     assert held <= {key for key in keys if share("split", key) < min(1, share_held + .1)}
@@ -566,7 +587,9 @@ def test_the_held_out_share_is_about_what_was_asked():
 
 @pytest.mark.parametrize("text, budget, too_long", [("bytes", 40, 39), ("words", 7, 6)])
 def test_texts_over_budget_are_listed_and_never_cut(tmp_path, text, budget, too_long):
-    """A caption that does not fit is left out of the task that it does not fit, and quoted; the rest is whole."""
+    """A caption that does not fit is left out of the task that it does not fit, and quoted; the
+    rest is whole.
+    """
     unit = "x" if text == "bytes" else "w "
     captions = ["short", (unit * (too_long + 2)).strip(), (unit * (too_long - 1)).strip()]
     folder_of(tmp_path / "p", captions)
@@ -579,7 +602,9 @@ def test_texts_over_budget_are_listed_and_never_cut(tmp_path, text, budget, too_
 
 
 def test_words_of_the_data(tmp_path):
-    """--text words: the words of all texts, the prompts, the size of emu3's header; a budget for the longest text."""
+    """--text words: the words of all texts, the prompts, the size of emu3's header; a budget for
+    the longest text.
+    """
     run(folder_of(tmp_path / "p"), tmp_path / "out", *TINY, "--held", 0.4, "--text", "words", "--backbone", "emu3")
     tokenizer = Shards(tmp_path / "out").tokenizer
     assert isinstance(tokenizer.text, WordText) and tokenizer.backbone == "emu3" and tokenizer.text_length == 2 + 3 + 2
@@ -592,8 +617,9 @@ def test_words_of_the_data(tmp_path):
 
 @pytest.mark.parametrize("kind", ("vq", "lfq"))
 def test_a_trained_codec_is_stored_and_loaded(tmp_path, kind):
-    """A VQ is trained on training pictures alone (another held-out picture changes nothing in it), lies in
-    tokenizer.pt, and makes the codes of another data set."""
+    """A VQ is trained on training pictures alone (another held-out picture changes nothing in it),
+    lies in tokenizer.pt, and makes the codes of another data set.
+    """
     photos = folder_of(tmp_path / "photos")
     tiny, sizes = ["--size", 8, "--workers", 1, "--held", 0.4, "--device", "cpu"], ["--codes", 16, "--width", 4]
     run(photos, tmp_path / "one", *tiny, *sizes, "--image", kind, "--vq-steps", 3)
@@ -610,7 +636,9 @@ def test_a_trained_codec_is_stored_and_loaded(tmp_path, kind):
 
 
 def test_the_training_of_a_codec_goes_on(tmp_path, monkeypatch):
-    """Stopped in the middle, the training of a VQ goes on from its last state, which is gone in the end."""
+    """Stopped in the middle, the training of a VQ goes on from its last state, which is gone in
+    the end.
+    """
     photos, tiny = folder_of(tmp_path / "photos"), ["--size", 8, "--codes", 16, "--width", 4, "--workers", 1]
     monkeypatch.setattr(vq, "SAVE_EVERY", 2)
     run(photos, tmp_path / "once", *tiny, "--vq-steps", 5)
@@ -638,7 +666,9 @@ def test_the_training_of_a_codec_goes_on(tmp_path, monkeypatch):
 
 
 def test_large_pictures_are_fewer(tmp_path, monkeypatch):
-    """The codec is trained on as many pictures as fit into the bytes that are allowed, one at least."""
+    """The codec is trained on as many pictures as fit into the bytes that are allowed, one at
+    least.
+    """
     given, real = [], prepare.train_vq
     monkeypatch.setattr(prepare, "train_vq", lambda images, *rest, **options: given.append(len(images)) or real(
         images, *rest, **options))
@@ -651,7 +681,9 @@ def test_large_pictures_are_fewer(tmp_path, monkeypatch):
 
 
 def test_a_palette_is_fitted_on_a_sample(monkeypatch):
-    """Of 122,880 patches 50,000 become floats, those that a sample of all patches as floats would hold."""
+    """Of 122,880 patches 50,000 become floats, those that a sample of all patches as floats
+    would hold.
+    """
     images = torch.randint(256, (30, 128, 128, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     vectors, generator = cut_patches(images, 2).flatten(0, 2), torch.Generator().manual_seed(7)
     vectors = vectors[torch.randperm(len(vectors), generator=generator)[:50_000]].unique(dim=0)
@@ -688,8 +720,10 @@ def files_of(folder):
 @pytest.mark.parametrize("where", ["decode 1", "decode 8", "save pixels", "fit", "save codec", "codes", "judge",
                                    "shards", "skipped"])
 def test_stopped_anywhere_and_resumed(tmp_path, monkeypatch, capsys, where):
-    """Stopped in any stage, the same command goes on: what was finished is not done again, no half-written file stays,
-    and the data set is, byte for byte, that of a run which was not stopped."""
+    """Stopped in any stage, the same command goes on: what was finished is not done again, no
+    half-written file stays, and the data set is, byte for byte, that of a run which was not
+    stopped.
+    """
     photos = folder_of(tmp_path / "photos")
     once = [photos, tmp_path / "once", *TINY, "--held", 0.4]
     run(*once)
@@ -736,7 +770,9 @@ def test_stopped_anywhere_and_resumed(tmp_path, monkeypatch, capsys, where):
 
 
 def test_other_options_are_refused(tmp_path):
-    """A folder that was begun, finished or not, work deleted or not, is not gone on with by other options."""
+    """A folder that was begun, finished or not, work deleted or not, is not gone on with by
+    other options.
+    """
     photos = folder_of(tmp_path / "photos")
     run(photos, tmp_path / "out", *TINY)
     for _ in range(2):
@@ -773,8 +809,9 @@ def add_picture(photos, i):
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("state", ("finished", "without work", "read", "half read"))
 def test_a_source_that_changed_is_refused(tmp_path, change, state):
-    """Whatever of its files is another one, and however far the run came, it is not gone on with, nor
-    finished; what is there stays as it is. With the files as they were it is."""
+    """Whatever of its files is another one, and however far the run came, it is not gone on with,
+    nor finished; what is there stays as it is. With the files as they were it is.
+    """
     photos = folder_of(tmp_path / "photos")
     shutil.copytree(photos, tmp_path / "kept")
     run(photos, tmp_path / "out", *TINY)
@@ -796,8 +833,9 @@ def test_a_source_that_changed_is_refused(tmp_path, change, state):
 
 
 def test_what_a_fingerprint_covers(tmp_path):
-    """Folders in folders, through links too, that may go round, the pictures of questions, and a tar;
-    not what is made of them."""
+    """Folders in folders, through links too, that may go round, the pictures of questions, and a
+    tar; not what is made of them.
+    """
     photos, far = folder_of(tmp_path / "photos"), folder_of(tmp_path / "far")
     (photos / "deep").mkdir()
     (photos / "round").symlink_to("."), (photos / "nothing").symlink_to("gone"), (photos / "far").symlink_to(far)
@@ -808,7 +846,7 @@ def test_what_a_fingerprint_covers(tmp_path):
     for name in ("photos/deep/a", "far/b", "a.tar", "q.json", "photos/c"):
         (tmp_path / name).write_bytes(name.encode())
         seen.append(fingerprint(sources, photos, photos / "out"))
-    for name in ("photos/c", "far/b"):                     # two files change places, and so their sizes
+    for name in ("photos/c", "far/b"):  # two files change places, and so their sizes
         os.utime(tmp_path / name, (0, 0))
     seen.append(fingerprint(sources, photos, photos / "out"))
     (photos / "c").rename(photos / "d"), (far / "b").rename(photos / "c"), (photos / "d").rename(far / "b")
@@ -818,7 +856,7 @@ def test_what_a_fingerprint_covers(tmp_path):
     assert fingerprint(sources, photos, photos / "out") == seen[-1]
     assert fingerprint(sources, photos, tmp_path / "elsewhere") != seen[-1]
     assert fingerprint(["emoji"], None, photos) is None
-    beside = fingerprint(sources[1:], None, photos / "out")                  # no folder of pictures named
+    beside = fingerprint(sources[1:], None, photos / "out")  # no folder of pictures named
     assert beside["bytes"] > sum(path.stat().st_size for path in far.iterdir())
 
 
@@ -834,8 +872,9 @@ def test_a_data_set_that_noted_no_sources(tmp_path):
 
 
 def test_what_was_added_is_read(tmp_path, capsys):
-    """--changed add: the codec and the side of each picture stay, the new ones are there, and then it is finished, as
-    the same command says and the one without the flag."""
+    """--changed add: the codec and the side of each picture stay, the new ones are there, and then
+    it is finished, as the same command says and the one without the flag.
+    """
     photos, out = folder_of(tmp_path / "photos"), tmp_path / "out"
     options = [photos, out, *TINY, "--held", 0.4]
     run(*options)
@@ -858,8 +897,9 @@ def test_what_was_added_is_read(tmp_path, capsys):
 @pytest.mark.parametrize("how", ("add", "anew"))
 @pytest.mark.parametrize("where", range(7))
 def test_a_change_that_is_stopped_goes_on(tmp_path, monkeypatch, how, where):
-    """Stopped at any file that it writes, the same command ends as if it had not been stopped; until then it is not
-    finished."""
+    """Stopped at any file that it writes, the same command ends as if it had not been stopped;
+    until then it is not finished.
+    """
     photos, files = folder_of(tmp_path / "photos"), []
     for out in ("once", "twice"):
         run(photos, tmp_path / out, *TINY)
@@ -893,8 +933,9 @@ def test_a_change_that_is_stopped_goes_on(tmp_path, monkeypatch, how, where):
     (lambda lines: [line.replace('"text": "', '"text": "new ') for line in lines],
      "out was begun, 0.png is now another text: --changed anew")])
 def test_to_add_is_to_keep_what_was_read(tmp_path, change, message):
-    """Where entries that were read are others now, nothing can be added, and the data set stays; `anew` makes the one
-    that an empty folder would get, and leaves what is not its own alone."""
+    """Where entries that were read are others now, nothing can be added, and the data set stays;
+    `anew` makes the one that an empty folder would get, and leaves what is not its own alone.
+    """
     photos, out = folder_of(tmp_path / "photos"), tmp_path / "out"
     run(photos, out, *TINY, "--held", 0)
     before = files_of(out)
@@ -941,7 +982,9 @@ def test_a_pool_of_processes_gives_the_same(tmp_path):
 
 
 def test_a_process_that_is_killed_ends_the_program():
-    """Out of memory, the system kills a process: an error says so, where waiting for its pictures would never end."""
+    """Out of memory, the system kills a process: an error says so, where waiting for its
+    pictures would never end.
+    """
     with pytest.raises(ValueError, match="a process that read pictures was killed.*with fewer --workers if need be"):
         with chunks.pool_map(2) as map_:
             list(map_(os._exit, [9]))
@@ -978,7 +1021,9 @@ def test_limit_takes_the_first_entries(tmp_path):
 # ---------------------------------------------------------------- emoji, end to end
 
 def test_emoji_end_to_end(tmp_path, monkeypatch):
-    """`emoji` fetches once, writes words, both credits, recombination splits whose kinds held.jsonl names."""
+    """`emoji` fetches once, writes words, both credits, recombination splits whose kinds
+    held.jsonl names.
+    """
     fetched = []
 
     def pack(style, into):
@@ -1013,7 +1058,9 @@ def test_the_sheet_shows_originals_on_top(tmp_path):
 
 
 def test_a_long_caption_leaves_the_sheet_small(tmp_path):
-    """A caption of a book's length is cut under its picture, and in what is said of it when it is over the budget."""
+    """A caption of a book's length is cut under its picture, and in what is said of it when it
+    is over the budget.
+    """
     photos = folder_of(tmp_path / "photos", ["word " * 20_000] + CAPTIONS[1:])
     run(photos, tmp_path / "out", *TINY, "--held", 0)
     with Image.open(tmp_path / "out" / "reconstruction.png") as sheet:
@@ -1023,7 +1070,9 @@ def test_a_long_caption_leaves_the_sheet_small(tmp_path):
 
 
 def test_the_judge_of_emoji_runs(tmp_path, monkeypatch, capsys):
-    """benchmarks/emoji.py: the judge learns what tells the styles apart; noise and empty answers are found out."""
+    """benchmarks/emoji.py: the judge learns what tells the styles apart; noise and empty answers
+    are found out.
+    """
     monkeypatch.setattr(emoji, "npm_pack", lambda style, into: write_archives(Path(into))[style])
     run("emoji", tmp_path / "data", *TINY, "--scenes", 40, "--held", 0.2)
     tokens = Shards(tmp_path / "data").tokenizer
@@ -1042,7 +1091,9 @@ def test_the_judge_of_emoji_runs(tmp_path, monkeypatch, capsys):
 
 
 def test_the_verdict_counts_pictures_that_are_right_in_both():
-    """Four pictures: right, another style, another concept, neither; a concept that the judge does not know is left out."""
+    """Four pictures: right, another style, another concept, neither; a concept that the judge
+    does not know is left out.
+    """
     names = {"concept": ["ox", "fog"], "style": ["google", "twitter"], "group": ["all"]}
     judge = judged.Judge(names)
     said = {"concept": [0, 0, 1, 1], "style": [0, 1, 0, 1], "group": [0, 0, 0, 0]}

@@ -1,6 +1,8 @@
-"""Hugging Face's checkpoints in and out: the same function in both directions, and everything else refused.
+"""Hugging Face's checkpoints in and out: the same function in both directions, and everything else
+refused.
 
-Parity needs transformers, .safetensors files need safetensors; without them those tests are skipped.
+Parity needs transformers, .safetensors files need safetensors; without them those tests are
+skipped.
 """
 import json
 import sys
@@ -91,7 +93,9 @@ MODELS = {  # transformers' class, its config's class, arguments, the image code
 
 
 def their_model(hf, name):
-    """A random model of transformers; norms and biases are random too, so that a forgotten one shows."""
+    """A random model of transformers; norms and biases are random too, so that a forgotten one
+    shows.
+    """
     kind, config, arguments, _ = MODELS[name]
     torch.manual_seed(0)
     model = getattr(hf, kind)(getattr(hf, config)(**arguments)).eval()
@@ -126,7 +130,9 @@ def test_shards(hf, tmp_path, size):
     ("showo", {}), ("showo", dict(qk_norm=False, n_kv_head=2, rope_fraction=1.0)), ("showo", dict(rope_theta=77.0)),
     ("emu3", {}), ("emu3", dict(n_kv_head=4, rope_theta=77.0))])
 def test_ours_computes_the_same_there(hf, tmp_path, backbone, changes):
-    """Save a routed model here, AutoModelForCausalLM there: the dense model, no weight missing, none left over."""
+    """Save a routed model here, AutoModelForCausalLM there: the dense model, no weight missing,
+    none left over.
+    """
     model = build(tiny(backbone, attention_dropout=0.1, **changes), PLAN, dtype=torch.float32)
     save_pretrained(model, tmp_path)
     other, report = hf.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
@@ -139,7 +145,9 @@ def test_ours_computes_the_same_there(hf, tmp_path, backbone, changes):
 
 @pytest.mark.parametrize("backbone, dtype", [("showo", torch.float32), ("emu3", torch.bfloat16)])
 def test_there_and_back(hf, tmp_path, backbone, dtype):
-    """What transformers loads and saves again is the dense model here, in its dtype; beside unimod.json, the routed."""
+    """What transformers loads and saves again is the dense model here, in its dtype; beside
+    unimod.json, the routed.
+    """
     model = build(tiny(backbone), PLAN, dtype=dtype)
     save_pretrained(model, tmp_path / "a")
     other = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "a")
@@ -203,7 +211,7 @@ def test_transformers_at_true_size(hf, preset):
 
 
 @pytest.mark.parametrize("config, preset", [
-    ({"model_type": "emu3"}, "emu3-8b"),                   # text_config may hold only what differs from the defaults
+    ({"model_type": "emu3"}, "emu3-8b"),  # text_config may hold only what differs from the defaults
     ({"model_type": "emu3", "text_config": {"max_position_embeddings": 9216, "rope_scaling": {"rope_type": "default"}}},
      "emu3-8b"),
     (dict(model_type="Emu3", vocab_size=184622, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
@@ -218,7 +226,9 @@ def test_published_configs(config, preset):
 
 
 def test_phi_1_5():
-    """microsoft/phi-1_5's config.json, rotary settings at the top level: Show-o's sizes with Phi's vocabulary."""
+    """microsoft/phi-1_5's config.json, rotary settings at the top level: Show-o's sizes with
+    Phi's vocabulary.
+    """
     config = dict(model_type="phi", architectures=["PhiForCausalLM"], attention_dropout=0.0, embd_pdrop=0.0,
                   hidden_act="gelu_new", hidden_size=2048, intermediate_size=8192, layer_norm_eps=1e-05,
                   max_position_embeddings=2048, num_attention_heads=32, num_hidden_layers=24, num_key_value_heads=None,
@@ -226,7 +236,8 @@ def test_phi_1_5():
                   rope_theta=10000.0, tie_word_embeddings=False, torch_dtype="float16", vocab_size=51200)
     expected = replace(PRESETS["showo-1.3b"], vocab_size=51200, image_start=51200, qk_norm=False)
     assert config_from_hf(config) == expected
-    del config["partial_rotary_factor"], config["rope_theta"], config["num_key_value_heads"]     # its defaults
+    # its defaults
+    del config["partial_rotary_factor"], config["rope_theta"], config["num_key_value_heads"]
     assert config_from_hf(config) == expected
 
 
@@ -249,9 +260,11 @@ def models(draw):
 
 @given(models())
 def test_round_trip(model):
-    """Save, load: every weight, router, predictor and threshold to the bit, the same plan and config.
+    """Save, load: every weight, router, predictor and threshold to the bit, the same plan and
+    config.
 
-    Logits may differ in their last bits: a matmul may add up in another order where weights are aligned otherwise.
+    Logits may differ in their last bits: a matmul may add up in another order where weights are
+    aligned otherwise.
     """
     pytest.importorskip("safetensors")
     with tempfile.TemporaryDirectory() as folder:
@@ -277,7 +290,9 @@ def test_bin_files(tmp_path, backbone):
 
 @pytest.mark.parametrize("prefix", ["", "model.text_model.", "text_model.model."])
 def test_prefixes(tmp_path, prefix):
-    """Emu3's language model is nested in three ways; its image tokenizer and old rotary buffers are passed by."""
+    """Emu3's language model is nested in three ways; its image tokenizer and old rotary buffers
+    are passed by.
+    """
     model = build(tiny("emu3"), dtype=torch.float32)
     weights = {"model.vqmodel.a.weight": torch.ones(3), "vqmodel.b": torch.ones(2),
                "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
@@ -289,7 +304,9 @@ def test_prefixes(tmp_path, prefix):
 
 
 def test_showo_folder(tmp_path, monkeypatch):
-    """Show-o's own folder: its config.json without Phi's sizes, its weights under showo.; a picture sees itself."""
+    """Show-o's own folder: its config.json without Phi's sizes, its weights under showo.; a
+    picture sees itself.
+    """
     config = tiny("showo", vocab_size=20 + 10 + 6 + 1, image_start=30)
     monkeypatch.setitem(PRESETS, "showo-1.3b", replace(config, vocab_size=99, image_start=9))
     model = build(config, dtype=torch.float32)
@@ -307,7 +324,9 @@ def test_showo_folder(tmp_path, monkeypatch):
 
 
 def test_put_unimod_on_a_checkpoint(safetensors, tmp_path):
-    """load -> layer_switch -> with_plan -> a training step -> save -> load; the file that was loaded is not touched."""
+    """load -> layer_switch -> with_plan -> a training step -> save -> load; the file that was
+    loaded is not touched.
+    """
     folder, _ = written(tmp_path / "dense")
     before = (folder / "pytorch_model.bin").read_bytes()
     model = load_pretrained(folder)
@@ -521,7 +540,9 @@ def test_a_save_that_fails(safetensors, tmp_path, monkeypatch):
 
 
 def test_a_save_over_another(safetensors, tmp_path):
-    """A model may be saved over the file that it is mapped from; a dense one over a routed one is dense."""
+    """A model may be saved over the file that it is mapped from; a dense one over a routed one
+    is dense.
+    """
     model = build(tiny("emu3"), PLAN, dtype=torch.float32)
     save_pretrained(model, tmp_path)
     loaded = load_pretrained(tmp_path)

@@ -1,15 +1,15 @@
-"""This code beside the authors' own: sequences, logits, drawings and answers of Show-o, ids and logits of Emu3.
+"""This code beside the authors' own: sequences, logits, drawings and answers of Show-o, ids and
+logits of Emu3.
 
 Clones of three repositories in one folder, and a Transformers that their code still imports:
 
-    mkdir published && cd published
-    for name in showlab/Show-o baaivision/Emu3 baaivision/Emu3.5; do git clone https://github.com/$name; done && cd ..
-    pip install transformers==4.48.3 tiktoken pillow
-    PUBLISHED=published python -m pytest tests/test_published_code.py
+    mkdir published && cd published for name in showlab/Show-o baaivision/Emu3 baaivision/Emu3.5; do
+    git clone https://github.com/$name; done && cd .. pip install transformers==4.48.3 tiktoken
+    pillow PUBLISHED=published python -m pytest tests/test_published_code.py
 
-Passed with their commits 45a5a2d, f6ea9aa and 8fcf1da. The weights are random and small, the vocabularies a byte-level
-one (Show-o) and the published one (Emu3; its file lies in Emu3.5). Show-o's wrapper needs no diffusers here: its mixins
-hold nothing that is compared.
+Passed with their commits 45a5a2d, f6ea9aa and 8fcf1da. The weights are random and small, the
+vocabularies a byte-level one (Show-o) and the published one (Emu3; its file lies in Emu3.5).
+Show-o's wrapper needs no diffusers here: its mixins hold nothing that is compared.
 """
 import importlib
 import inspect
@@ -37,7 +37,9 @@ short = st.text(st.characters(codec="utf-8", exclude_characters="<"), max_size=1
 
 
 def published(folder: Path, name: str, **stubs):
-    """A module of a clone, imported under a package of our own; stubs stand in for its neighbours."""
+    """A module of a clone, imported under a package of our own; stubs stand in for its
+    neighbours.
+    """
     package = f"published_{folder.name}"
     sys.modules.setdefault(package, types.ModuleType(package)).__path__ = [str(folder)]
     for neighbour, content in stubs.items():
@@ -58,7 +60,6 @@ def same(theirs, ours, valid):
     torch.testing.assert_close(ours[valid].float(), theirs[valid].float(), rtol=0, atol=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------------- Show-o
 
 @pytest.fixture(scope="module")
 def showo():
@@ -70,7 +71,7 @@ def showo():
     bpe.decoder = library.decoders.ByteLevel()
     bpe.add_special_tokens([END])
 
-    def fresh():                                           # their prompting adds tokens to the one that it is given
+    def fresh():  # their prompting adds tokens to the one that it is given
         copy = library.Tokenizer.from_str(bpe.to_str())
         return hf.PreTrainedTokenizerFast(tokenizer_object=copy, bos_token=END, eos_token=END, unk_token=END)
 
@@ -78,7 +79,7 @@ def showo():
     config = tiny("showo", vocab_size=tokens.vocab_size, image_start=tokens.image_start, max_length=256,
                   rope_theta=1e4)
     ours = build(config, dtype=torch.float64)
-    for block in ours.blocks:                              # attention that is sharp, so that masked codes differ by place
+    for block in ours.blocks:  # attention that is sharp, so that masked codes differ by place
         block.attention.q_norm.weight.data.mul_(16)
 
     mixins = dict(ModelMixin=torch.nn.Module, ConfigMixin=object, register_to_config=lambda function: function)
@@ -108,7 +109,9 @@ def their_mask(showo, ids, **options):
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(short, short, short), min_size=1, max_size=3), st.integers(0, 2**32 - 1))
 def test_showo_sequences_and_logits(showo, texts, seed):
-    """Drawing (half of the codes masked), answering and text: every id, and the logits of every valid token."""
+    """Drawing (half of the codes masked), answering and text: every id, and the logits of every
+    valid token.
+    """
     tokens, (captions, questions, answers) = showo.tokens, map(list, zip(*texts))
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 64, (len(texts), *GRID), generator=generator)
@@ -136,7 +139,8 @@ def test_showo_sequences_and_logits(showo, texts, seed):
 def test_showo_drawing(showo, monkeypatch):
     """Guided parallel decoding, the likeliest code each time and no noise in which of them stay.
 
-    (Not in 6 steps: after step 4 half of the 16 codes are masked, which their float32 rounds down to 7.)
+    (Not in 6 steps: after step 4 half of the 16 codes are masked, which their float32 rounds down
+    to 7.)
     """
     tokens, prompts = showo.tokens, ["a red fox", "the sea", ""]
     monkeypatch.setattr(torch, "multinomial", lambda p, num_samples, generator=None: p.argmax(-1, keepdim=True))
@@ -171,7 +175,6 @@ def test_showo_answers(showo, question):
         assert said == tokens.text.decode([int(i) for i in theirs if i != tokens.eot])
 
 
-# --------------------------------------------------------------------------------------------------------- Emu3
 
 @pytest.fixture(scope="module")
 def emu3(tmp_path_factory):
@@ -196,7 +199,9 @@ def emu3(tmp_path_factory):
 @settings(max_examples=200, deadline=None)
 @given(short, st.integers(0, 32767))
 def test_emu3_ids(emu3, text, code):
-    """The texts, and both prompts of processing_emu3.py around them, by the published vocabulary."""
+    """The texts, and both prompts of processing_emu3.py around them, by the published
+    vocabulary.
+    """
     tokens, theirs = emu3.tokens, emu3.theirs
     assert (tokens.vocab_size, tokens.image_start) == (184622, 151854)
     assert tokens.text.encode(text) == theirs.encode(text)

@@ -75,7 +75,9 @@ def test_plan_is_frozen_and_normal():
 
 
 def test_equal_plans_are_one_key():
-    """Plans serve in sets and as keys: equal ones, whatever the order of their tasks, have one hash."""
+    """Plans serve in sets and as keys: equal ones, whatever the order of their tasks, have one
+    hash.
+    """
     a, b = Plan({"t2i": (1, 0.5), "mmu": (0, 1)}), Plan({"mmu": (0.0, 1.0), "t2i": (1.0, 0.5)})
     assert a == b and len({a, b, Plan({"t2i": (1, 0.5), "mmu": (0, 1)}, True)}) == 2
 
@@ -110,7 +112,8 @@ def test_plan_round_trip(tmp_path_factory, plan):
     plan.save(folder / "plan.json")
     assert Plan.load(folder / "plan.json") == plan
     assert [path.name for path in folder.iterdir()] == ["plan.json"]
-    (folder / "own.json").write_text(json.dumps({"keep": plan.keep}))         # written by hand: shared_router has a default
+    # written by hand: shared_router has a default
+    (folder / "own.json").write_text(json.dumps({"keep": plan.keep}))
     assert Plan.load(folder / "own.json") == Plan(plan.keep)
 
 
@@ -135,7 +138,9 @@ def test_plan_prints_a_table():
 
 @given(keeps, st.integers(1, 5000))
 def test_capacity_rounds_half_up(keep, n):
-    """K = floor(keep T + 1/2): halves go up, 0 keeps none, 1 keeps all; the tensor twin gives the same integer."""
+    """K = floor(keep T + 1/2): halves go up, 0 keeps none, 1 keeps all; the tensor twin gives
+    the same integer.
+    """
     assert capacity(keep, n) == count(keep, n) and capacity(0, n) == 0 and capacity(1, n) == n
     assert [capacity(0.5, m) for m in (1, 2, 3, 4, 5)] == [1, 1, 2, 2, 3]
     assert row_capacity(keep, torch.ones(1, n, dtype=torch.bool)).tolist() == [[count(keep, n)]]
@@ -167,8 +172,10 @@ def test_tie_order_is_golden_and_puts_padding_last(shape, seed):
 
 @pytest.mark.parametrize("lengths, every", [(range(1, 90), 1), ((387, 1408, 4170), 97)])
 def test_equal_scores_spread_evenly(lengths, every):
-    """All scores equal: for every T and k the largest gap between kept tokens, the ends of the sequence included, is
-    below 2 T / k and the largest gap between two neighbours at most 3 times the smallest (three-distance theorem)."""
+    """All scores equal: for every T and k the largest gap between kept tokens, the ends of the
+    sequence included, is below 2 T / k and the largest gap between two neighbours at most 3 times
+    the smallest (three-distance theorem).
+    """
     for T in lengths:
         order = tie_order(1, T, None, None)[0]
         for k in range(1, T + 1, every):
@@ -180,8 +187,9 @@ def test_equal_scores_spread_evenly(lengths, every):
 
 
 def test_equal_scores_favour_no_part():
-    """All scores equal: every prefix of n of T_b valid tokens holds k n / T_b kept ones, give or take 2, also when the
-    valid tokens are scattered among padding."""
+    """All scores equal: every prefix of n of T_b valid tokens holds k n / T_b kept ones, give or
+    take 2, also when the valid tokens are scattered among padding.
+    """
     for T in range(1, 60, 3):
         for keep in (.1, .3, .5, .8):
             valid = random_valid(1, 2 * T, T, empty=False)
@@ -196,8 +204,10 @@ def test_equal_scores_favour_no_part():
        st.sampled_from((torch.float32, torch.bfloat16, torch.float16, torch.float64)))
 @example((2, 9), .5, 0, "equal", True, torch.bfloat16)
 def test_select_topk_against_sorting(shape, keep, seed, how, padded, dtype):
-    """Every row takes exactly its k_b = floor(keep T_b + 1/2) best valid tokens, whatever the ties, NaN or dtype; the
-    used slots come first, ascend strictly and name the selected tokens; K = floor(keep T + 1/2) slots."""
+    """Every row takes exactly its k_b = floor(keep T_b + 1/2) best valid tokens, whatever the ties,
+    NaN or dtype; the used slots come first, ascend strictly and name the selected tokens; K =
+    floor(keep T + 1/2) slots.
+    """
     scores, valid = random_scores(*shape, seed, how, dtype), random_valid(*shape, seed + 1) if padded else None
     indices, live, selected = select_topk(scores, keep, valid)
     assert indices.shape == (shape[0], count(keep, shape[1])) and indices.dtype == torch.long
@@ -208,13 +218,14 @@ def test_select_topk_against_sorting(shape, keep, seed, how, padded, dtype):
         used = len(expected) if live is None else int(live[b].sum())
         assert indices[b, :used].tolist() == expected == selected[b].nonzero().squeeze(1).tolist()
         assert live is None or live[b].tolist() == [slot < used for slot in range(indices.shape[1])]
-        assert len(set(indices[b].tolist())) == indices.shape[1]        # spare slots are other tokens
+        assert len(set(indices[b].tolist())) == indices.shape[1]  # spare slots are other tokens
 
 
 @given(shapes, keeps, seeds, HOWS, st.booleans(), st.integers(0, 9))
 def test_what_the_finished_sequence_keeps_its_beginning_keeps(shape, keep, seed, how, padded, coming):
-    """With `coming` tokens missing at its end, a row keeps as many as the finished row (or all), and of the tokens that
-    are there all those that the finished row keeps."""
+    """With `coming` tokens missing at its end, a row keeps as many as the finished row (or all),
+    and of the tokens that are there all those that the finished row keeps.
+    """
     batch, length = shape
     scores = random_scores(batch, length + coming, seed, how)
     valid = torch.cat((random_valid(batch, length, seed + 1), torch.ones(batch, coming, dtype=torch.bool)), 1)
@@ -231,8 +242,9 @@ def test_what_the_finished_sequence_keeps_its_beginning_keeps(shape, keep, seed,
 
 
 def test_rounding_noise_is_a_tie():
-    """Scores are compared as float32: equal tokens of a float64 model, whose scores differ in the last bits by where
-    they stand in the matrix product, still tie and are spread evenly."""
+    """Scores are compared as float32: equal tokens of a float64 model, whose scores differ in the
+    last bits by where they stand in the matrix product, still tie and are spread evenly.
+    """
     noise = torch.linspace(0, 1e-12, 8, dtype=torch.float64)[None]
     assert select_topk(1 + noise, 0.5)[0].tolist() == select_topk(0 * noise, 0.5)[0].tolist() == [[0, 2, 5, 7]]
 
@@ -270,7 +282,9 @@ def test_slots_example():
 
 @given(shapes, seeds, st.data())
 def test_slots_is_a_stable_partition(shape, seed, data):
-    """Selected tokens first, the others after them, both ascending; live marks the selected ones; cut at K."""
+    """Selected tokens first, the others after them, both ascending; live marks the selected
+    ones; cut at K.
+    """
     selected = random_valid(*shape, seed)
     n_slot = data.draw(st.integers(int(selected.sum(1).max()), shape[1]))
     indices, live = slots(selected, n_slot)
@@ -284,15 +298,18 @@ def test_slots_is_a_stable_partition(shape, seed, data):
 
 @given(shapes, keeps, seeds, st.sampled_from(("t2i", "mmu")), st.integers(0, 3), HOWS)
 def test_causal_selection(shape, keep, seed, task, n_span, how):
-    """Keep a valid token when predictor > threshold of the task. In t2i a span takes instead its own best, as many as
-    the capacity of the tokens up to its end leaves beside those kept before it: at least none, at most all of it."""
+    """Keep a valid token when predictor > threshold of the task. In t2i a span takes instead its
+    own best, as many as the capacity of the tokens up to its end leaves beside those kept before
+    it: at least none, at most all of it.
+    """
     (batch, length), valid = shape, random_valid(*shape, seed)
     router = TaskRouter(4, 2, ("t2i", "mmu"))
     router.threshold_t2i += 0.3
     router.threshold_mmu -= 0.3
     scores, logits = random_scores(*shape, seed + 1, how), random_scores(*shape, seed + 2, "distinct")
     cuts = torch.randint(length + 1, (batch, 6), generator=torch.Generator().manual_seed(seed)).sort(1).values.tolist()
-    runs = [[(row[2 * n], row[2 * n + 1]) for n in range(n_span)] for row in cuts]       # start and stop of each span
+    # start and stop of each span
+    runs = [[(row[2 * n], row[2 * n + 1]) for n in range(n_span)] for row in cuts]
     spans = torch.zeros(shape, dtype=torch.long)
     for b in range(batch):
         for n, (start, stop) in enumerate(runs[b], start=1):
@@ -312,14 +329,18 @@ def test_causal_selection(shape, keep, seed, task, n_span, how):
 
 
 def test_span_number():
-    """Runs of one id are numbered from the left, whatever the ids; padding inside a span does not cut it in two."""
+    """Runs of one id are numbered from the left, whatever the ids; padding inside a span does
+    not cut it in two.
+    """
     spans = torch.tensor([[0, 7, 7, 0, 3, 3], [2, 1, 1, 0, 1, 0], [5, 5, 5, 5, 5, 5]])
     valid = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 1, 1], [0, 1, 0, 1, 1, 0]]).bool()
     assert span_number(spans, valid).tolist() == [[0, 1, 1, 0, 2, 2], [1, 2, 0, 0, 2, 0], [0, 1, 0, 1, 1, 0]]
 
 
 def test_causal_router_slots():
-    """Rule "causal" makes as many slots as the fullest row has kept tokens, none when nobody is kept."""
+    """Rule "causal" makes as many slots as the fullest row has kept tokens, none when nobody is
+    kept.
+    """
     router, x = TaskRouter(4, 2, ("mmu",)), torch.randn(2, 6, 4)
     logits = router.predictor(x).squeeze(2)
     router.threshold_mmu.copy_(logits.flatten().sort().values[4:6].mean())
@@ -349,7 +370,9 @@ def test_gate_formulas():
 
 
 def test_router_starts_at_zero():
-    """A fresh router scores 0 everywhere, so that the gate starts at 1; a threshold a task, one router."""
+    """A fresh router scores 0 everywhere, so that the gate starts at 1; a threshold a task, one
+    router.
+    """
     router = TaskRouter(4, 2, ("t2i", "mmu"))
     assert not router.score.weight.any() and not router.score.bias.any()
     assert sorted(name for name, _ in router.named_buffers()) == ["threshold_mmu", "threshold_t2i"]
@@ -357,7 +380,9 @@ def test_router_starts_at_zero():
 
 @given(seeds, st.booleans())
 def test_predictor_loss_value_and_targets(seed, padded):
-    """Mean over valid tokens of the binary cross-entropy against "this row kept this token", row by row."""
+    """Mean over valid tokens of the binary cross-entropy against "this row kept this token", row
+    by row.
+    """
     torch.manual_seed(seed)
     B, T, keep = 3, 7, 0.4
     router, x = TaskRouter(4, 3, ("t2i",)).double(), torch.randn(B, T, 4, dtype=torch.float64)
@@ -376,8 +401,9 @@ def test_predictor_loss_value_and_targets(seed, padded):
 
 @given(seeds, st.sampled_from((0.0, 0.3, 1.0)) | st.floats(0, 1), st.integers(1, 9), st.booleans(), st.booleans())
 def test_the_predictors_choice_has_its_own_k_and_the_routers_gate(seed, keep, T, padded, tied):
-    """Rule "predicted": the k tokens that the predictor puts first, as many as top-k takes; scores, and what predictors
-    learn, stay the router's."""
+    """Rule "predicted": the k tokens that the predictor puts first, as many as top-k takes; scores,
+    and what predictors learn, stay the router's.
+    """
     torch.manual_seed(seed)
     router, x = TaskRouter(4, 3, ("t2i",)).double(), torch.randn(3, T, 4, dtype=torch.float64)
     torch.nn.init.normal_(router.score.weight)
@@ -399,7 +425,9 @@ def test_the_predictors_choice_has_its_own_k_and_the_routers_gate(seed, keep, T,
 
 @pytest.mark.parametrize("rule", ("topk", "predicted"))
 def test_predictor_loss_moves_only_the_predictor(rule):
-    """Its gradient is non-zero in the predictor and exactly zero in every other parameter and in the input."""
+    """Its gradient is non-zero in the predictor and exactly zero in every other parameter and in
+    the input.
+    """
     plan = Plan({"t2i": (.5, .5, 1), "mmu": (1, .3, .7)})
     for task in plan.tasks:
         model = build(tiny("emu3"), plan, dtype=torch.float32)
@@ -413,7 +441,9 @@ def test_predictor_loss_moves_only_the_predictor(rule):
 
 
 def test_the_router_can_decide_by_itself():
-    """membership="router": no predictor; the score is the logit, and the auxiliary loss moves router and model."""
+    """membership="router": no predictor; the score is the logit, and the auxiliary loss moves
+    router and model.
+    """
     plan = Plan({"t2i": (1, .5, .5), "mmu": (1, .3, .7)})
     model = build(tiny("emu3", membership="router"), plan, dtype=torch.float32)
     assert not any("predictor" in name for name, _ in model.named_parameters())
@@ -426,7 +456,9 @@ def test_the_router_can_decide_by_itself():
 
 
 def test_predictor_loss_is_float32():
-    """Logits that autocast has made bf16 are summed in float32: the mean over many tokens keeps its digits."""
+    """Logits that autocast has made bf16 are summed in float32: the mean over many tokens keeps
+    its digits.
+    """
     router, x = TaskRouter(8, 4, ("t2i",)), torch.randn(4, 600, 8, generator=torch.Generator().manual_seed(0))
     routing = router(x, "t2i", 0.5, context(None, 600, 4), "topk")
     half = routing._replace(predictor=routing.predictor.bfloat16())
@@ -444,8 +476,9 @@ def test_predictor_loss_of_padding_only():
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("fresh", (True, False))
 def test_task_loss_reaches_the_router(gate, fresh):
-    """The task loss alone gives every router of the task a non-zero gradient: at its first step, with all weights
-    zero, as well as later; routers of the other task get none."""
+    """The task loss alone gives every router of the task a non-zero gradient: at its first step,
+    with all weights zero, as well as later; routers of the other task get none.
+    """
     plan = Plan({"t2i": (1, .5, .5), "mmu": (.5, .5, 1)})
     model = build(tiny("showo", gate=gate), plan, dtype=torch.float32)
     if fresh:
@@ -459,7 +492,9 @@ def test_task_loss_reaches_the_router(gate, fresh):
 
 
 def test_scores_stay_float32_under_autocast():
-    """Under bf16 autocast the router still computes in float32: bf16 scores would tie by the dozen."""
+    """Under bf16 autocast the router still computes in float32: bf16 scores would tie by the
+    dozen.
+    """
     router, x = TaskRouter(16, 4, ("t2i",)), torch.randn(1, 50, 16)
     torch.nn.init.normal_(router.score.weight)
     with torch.autocast("cpu", torch.bfloat16):
@@ -472,8 +507,9 @@ def test_scores_stay_float32_under_autocast():
 
 @given(st.tuples(st.integers(1, 3), st.integers(1, 6)), st.integers(0, 6), seeds, st.booleans())
 def test_gather_and_add_against_loops(shape, n_slot, seed, transposed):
-    """gather_tokens picks x[b, indices[b, k]] for any trailing shape; add_tokens adds there and nowhere else, K = 0 and
-    non-contiguous tensors included; neither writes into its input."""
+    """gather_tokens picks x[b, indices[b, k]] for any trailing shape; add_tokens adds there and
+    nowhere else, K = 0 and non-contiguous tensors included; neither writes into its input.
+    """
     (B, T), K = shape, min(n_slot, shape[1])
     torch.manual_seed(seed)
     x, update = torch.randn(B, T, 4), torch.randn(B, K, 4)

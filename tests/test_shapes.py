@@ -52,21 +52,27 @@ def look(world, codes):
         rows, columns = np.where((cell != BACKGROUND).any(-1))
         if len(rows):
             inside = cell[rows.min():rows.max() + 1, columns.min():columns.max() + 1]
-            color, = {tuple(int(v) for v in p) for p in inside.reshape(-1, 3)} - {BACKGROUND}    # a single shade
+            # a single shade
+            color, = {tuple(int(v) for v in p) for p in inside.reshape(-1, 3)} - {BACKGROUND}
             glyph = ["".join(".#"[int((p != BACKGROUND).any())] for p in row).rstrip(".") for row in inside]
             things.append(Thing(shades[color], cut[",".join(glyph)], place))
     return things
 
 
 def right(prompt, things):
-    """Does the scene match the prompt? Compares the multisets of what the caption fixes: no permutations."""
+    """Does the scene match the prompt? Compares the multisets of what the caption fixes: no
+    permutations.
+    """
     fixed = ASKED[prompt.category]
     project = lambda thing: tuple(v for v, letter in zip(thing, "csp") if letter in fixed)  # noqa: E731
     return Counter(map(project, things)) == Counter(map(project, prompt.things))
 
 
 def answers(things, text):
-    """Every right answer to a question on a scene, read from its words alone. Ambiguous: more than one."""
+    """Every right answer to a question on a scene, read from its words alone.
+
+    Ambiguous: more than one.
+    """
     words = text.removesuffix(" ?").split()
     if text == "describe ?":
         return [" and ".join(f"a {t.color} {t.shape} {t.place}" for t in things)]
@@ -83,7 +89,6 @@ def answers(things, text):
     return [t.place for t in things if [t.color, t.shape] == words[3:]] or ["no"]
 
 
-# ------------------------------------------------------------------------------------------- drawing, reading
 
 @given(worlds(), seeds)
 def test_read_inverts_draw(world, seed):
@@ -126,7 +131,9 @@ def test_one_broken_patch_is_no_object(world, seed, data):
 
 
 def test_no_token_gives_a_shape_away():
-    """Rings and discs are the same patches arranged differently, and so are crosses and diamonds."""
+    """Rings and discs are the same patches arranged differently, and so are crosses and
+    diamonds.
+    """
     world = World(n_held_out=0)
     used = {pair: world.cells[1 + i].unique().tolist() for i, pair in enumerate(world.pairs)}
     for color in world.colors:
@@ -138,7 +145,9 @@ def test_no_token_gives_a_shape_away():
 
 @given(worlds(), seeds)
 def test_a_caption_has_several_drawings(world, seed):
-    """Two shades, and with a margin four positions: 2 or 8 pictures of one object, squared of two, all read alike."""
+    """Two shades, and with a margin four positions: 2 or 8 pictures of one object, squared of
+    two, all read alike.
+    """
     rng = Random(seed)
     for count in (1, 2)[:world.max_objects]:
         scene = world.scene(rng, count=count)
@@ -146,7 +155,6 @@ def test_a_caption_has_several_drawings(world, seed):
         assert len(codes) == (8 if world.margin else 2)**count and world.read(codes) == [scene] * len(codes)
 
 
-# ---------------------------------------------------------------------------------------------------- prompts
 
 @given(worlds(), seeds, st.booleans())
 def test_own_picture_fits(world, seed, held_out):
@@ -178,7 +186,9 @@ def mistakes(world, things, rng):
 
 @given(worlds(), seeds)
 def test_a_picture_with_one_mistake(world, seed):
-    """A wrong colour, shape or place, an object too many or too few fits exactly when the caption leaves it open."""
+    """A wrong colour, shape or place, an object too many or too few fits exactly when the
+    caption leaves it open.
+    """
     rng = Random(seed)
     for category in T2I_CATEGORIES:
         prompt, scene = world.prompt(category, rng)
@@ -191,7 +201,9 @@ def test_a_picture_with_one_mistake(world, seed):
 
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from("xy")), max_size=5), st.randoms(use_true_random=False))
 def test_assignable_is_any_permutation(things, rng):
-    """Each asked thing its own: as trying all orders says, also for nine things that none of 9! orders fits."""
+    """Each asked thing its own: as trying all orders says, also for nine things that none of 9!
+    orders fits.
+    """
     asked = tuple(tuple(rng.choice((part, None, part.swapcase())) for part in thing) for thing in things)
     fits = any(all(want in (None, have) for one, thing in zip(asked, order) for want, have in zip(one, thing))
                for order in permutations(things))
@@ -200,7 +212,9 @@ def test_assignable_is_any_permutation(things, rng):
 
 
 def test_swapped_colours_do_not_fit():
-    """Binding: "a red ring and a blue disc" is not shown by a blue ring and a red disc, in any order."""
+    """Binding: "a red ring and a blue disc" is not shown by a blue ring and a red disc, in any
+    order.
+    """
     prompt = Prompt("a red ring and a blue disc", "binding", (Thing("red", "ring", None), Thing("blue", "disc", None)))
     good = [Thing("blue", "disc", "top-left"), Thing("red", "ring", "top-right")]
     bad = [Thing("red", "disc", "top-left"), Thing("blue", "ring", "top-right")]
@@ -209,19 +223,21 @@ def test_swapped_colours_do_not_fit():
     assert not World().fits(prompt, []) and not World().fits(prompt, None)
 
 
-# -------------------------------------------------------------------------------------------------- questions
 
 @given(worlds(), seeds, st.booleans())
 def test_questions_have_exactly_one_right_answer(world, seed, held_out):
-    """Reading the question's words against the picture gives one answer: the one that came with it."""
+    """Reading the question's words against the picture gives one answer: the one that came with
+    it.
+    """
     questions, codes = world.sample_mmu(24, Random(seed), held_out=held_out and world.n_held_out > 0)
     for question, picture in zip(questions, codes):
         assert answers(look(world, picture), question.text) == [question.answer]
 
 
 def test_existence_on_a_crowded_board():
-    """In a world of four pairs a picture can leave no absent one to ask for, and may show every one twice: questions
-    still come, and are right."""
+    """In a world of four pairs a picture can leave no absent one to ask for, and may show every one
+    twice: questions still come, and are right.
+    """
     said = set()
     for side, most in ((2, 4), (3, 9)):
         world = World(side=side, max_objects=most, n_colors=2, n_shapes=2, n_held_out=0)
@@ -233,7 +249,9 @@ def test_existence_on_a_crowded_board():
 
 
 def test_existence_is_balanced_and_asks_every_pair():
-    """Half of the answers say where, for every colour and every shape; all training pairs are asked for, and no other."""
+    """Half of the answers say where, for every colour and every shape; all training pairs are
+    asked for, and no other.
+    """
     world = World()
     questions, _ = world.sample_mmu(4000, Random(5), categories=("existence",))
     for word in (*world.colors, *world.shapes):
@@ -244,7 +262,9 @@ def test_existence_is_balanced_and_asks_every_pair():
 
 @given(worlds(), seeds)
 def test_alike_scenes(world, seed):
-    """One shape, every colour once, training pairs at distinct places, two objects or more where the world has them."""
+    """One shape, every colour once, training pairs at distinct places, two objects or more where
+    the world has them.
+    """
     things = world.alike(Random(seed))
     assert len({t.shape for t in things}) == 1 and len({t.color for t in things}) == len(things)
     assert len({t.place for t in things}) == len(things) and {t[:2] for t in things} <= set(world.seen)
@@ -253,7 +273,9 @@ def test_alike_scenes(world, seed):
 
 
 def test_places_are_asked_among_objects_of_one_shape():
-    """About half of the training scenes that a place is asked in are of one shape, several objects."""
+    """About half of the training scenes that a place is asked in are of one shape, several
+    objects.
+    """
     world = World()
     dialogues, codes = world.sample_dialogues(1200, Random(0), 19)
     scenes = [things for turns, things in zip(dialogues, world.read(codes)) if any(q.category == "place" for q in turns)]
@@ -272,7 +294,9 @@ def test_place_is_asked_whenever_it_can_be():
 
 
 def test_every_kind_of_question_is_asked():
-    """Colours by shape and by place, counts of one shape and of all, from zero up to max_objects."""
+    """Colours by shape and by place, counts of one shape and of all, from zero up to
+    max_objects.
+    """
     questions, _ = World().sample_mmu(1200, Random(0))
     starts = {q.text.rsplit(" ", 2)[0] for q in questions}
     assert {"what color is the", "what color is", "what shape is", "how many"} <= starts
@@ -283,8 +307,10 @@ def test_every_kind_of_question_is_asked():
 
 @given(worlds(), seeds, st.integers(1, 60))
 def test_dialogues(world, seed, budget):
-    """Turns on one picture of the training world, all answered rightly, none twice, DIALOGUES in turn (a place where all
-    are twins turns into a caption, and so may existence), within the budget (but never none), and nothing after a caption."""
+    """Turns on one picture of the training world, all answered rightly, none twice, DIALOGUES in
+    turn (a place where all are twins turns into a caption, and so may existence), within the budget
+    (but never none), and nothing after a caption.
+    """
     dialogues, codes = world.sample_dialogues(23, Random(seed), budget)
     for i, (turns, picture) in enumerate(zip(dialogues, codes, strict=True)):
         scene, sizes = look(world, picture), [len(f"{q.text} {q.answer}".split()) + 2 for q in turns]
@@ -297,8 +323,9 @@ def test_dialogues(world, seed, budget):
 
 
 def test_dialogues_give_no_later_answer_away():
-    """Every category is asked and opens a dialogue; existence is asked before anything names a shape, nothing is asked
-    after a question that says it; the toy's budget holds nearly all turns."""
+    """Every category is asked and opens a dialogue; existence is asked before anything names a
+    shape, nothing is asked after a question that says it; the toy's budget holds nearly all turns.
+    """
     assert {first for first, *_ in DIALOGUES} == set(MMU_CATEGORIES)
     says = {"place": {"existence", "color", "shape"}, "color": {"existence"}, "shape": {"existence", "place"},
             "count": {"existence"}, "existence": {"color", "shape", "place"}}
@@ -316,11 +343,12 @@ def test_training_draws_every_category():
     assert len(codes) == 20 and set(names) == set(T2I_CATEGORIES) and names.count("binding") == 6
 
 
-# ---------------------------------------------------------------------------------------------------- samples
 
 @given(worlds(min_held_out=1), seeds)
 def test_held_out_pairs(world, seed):
-    """No training picture or caption shows a held-out pair, every held_out=True picture does, none hides a colour."""
+    """No training picture or caption shows a held-out pair, every held_out=True picture does,
+    none hides a colour.
+    """
     held, rng = set(world.held_out), Random(seed)
     for sample in (world.sample_t2i, world.sample_mmu):
         texts, codes = sample(21, rng)
@@ -351,7 +379,9 @@ def test_vocabulary(world, seed):
 
 
 def test_no_idle_word():
-    """Every word that the default world lists is used by some text: an idle one is a row that never trains."""
+    """Every word that the default world lists is used by some text: an idle one is a row that
+    never trains.
+    """
     world, used = World(), set()
     prompts, _ = world.sample_t2i(1500, Random(0))
     questions, _ = world.sample_mmu(1500, Random(0))
@@ -362,10 +392,13 @@ def test_no_idle_word():
 
 @given(worlds())
 def test_longest_text(world):
-    """longest_text is the length of "describe ?" and its answer on the fullest picture, and no text exceeds it."""
+    """longest_text is the length of "describe ?" and its answer on the fullest picture, and no
+    text exceeds it.
+    """
     rng = Random(0)
     full = world.question("caption", world.scene(rng, count=world.max_objects), rng)
-    assert max(7, len(f"{full.text} {full.answer}".split())) == world.longest_text  # 7: "what color is the ring ? red"
+    # 7: "what color is the ring ? red"
+    assert max(7, len(f"{full.text} {full.answer}".split())) == world.longest_text
     questions, _ = world.sample_mmu(60, rng)
     assert all(len(f"{q.text} {q.answer}".split()) <= world.longest_text for q in questions)
 
@@ -389,8 +422,9 @@ def test_categories_come_in_turn():
 
 
 def test_counts_and_reading_order():
-    """Scenes have 1 to max_objects objects; "two_objects" has two; every caption lists them in reading order; a
-    drawing in the other order fits a caption without places all the same."""
+    """Scenes have 1 to max_objects objects; "two_objects" has two; every caption lists them in
+    reading order; a drawing in the other order fits a caption without places all the same.
+    """
     world, rng = World(), Random(3)
     assert {len(world.prompt("scene", rng)[1]) for _ in range(100)} == {1, 2, 3}
     assert {len(world.prompt("counting", rng)[1]) for _ in range(100)} == {2, 3}
@@ -403,7 +437,9 @@ def test_counts_and_reading_order():
 
 
 def test_single_object_worlds():
-    """max_objects=1: every category works and shows one object, counted and bound prompts included."""
+    """max_objects=1: every category works and shows one object, counted and bound prompts
+    included.
+    """
     world = World(max_objects=1)
     prompts, codes = world.sample_t2i(70, Random(0))
     assert all(len(things) == 1 and world.fits(p, things) for p, things in zip(prompts, world.read(codes)))
@@ -426,16 +462,19 @@ def test_nothing_to_sample():
     (dict(n_held_out=4), "n_held_out"), (dict(n_colors=2, n_held_out=2), "n_held_out"),
     (dict(margin=-1), "margin"), (dict(margin=2), "margin")])
 def test_impossible_worlds(wrong, word):
-    """A setting that leaves nothing to draw is a ValueError naming it; the nearest possible one is not."""
+    """A setting that leaves nothing to draw is a ValueError naming it; the nearest possible one
+    is not.
+    """
     with pytest.raises(ValueError, match=word):
         World(**wrong)
     World(side=3, max_objects=9), World(n_colors=2, n_shapes=6, n_held_out=1), World(n_colors=8, n_held_out=3)
 
 
-# ------------------------------------------------------------------------------------------------ blind answers
 
 def test_blind_answers_know_only_the_text():
-    """One answer a question text, the same for the same seed; on new pictures it is right about as often as chance."""
+    """One answer a question text, the same for the same seed; on new pictures it is right about
+    as often as chance.
+    """
     world = World()
     blind = blind_answers(world, n=3000)
     assert blind == blind_answers(world, n=3000) != blind_answers(world, n=3000, seed=1)
@@ -447,7 +486,9 @@ def test_blind_answers_know_only_the_text():
 
 
 def test_blind_answers_are_the_most_frequent():
-    """Where the text decides, blind is always right; on new pictures no other fixed answers do much better."""
+    """Where the text decides, blind is always right; on new pictures no other fixed answers do
+    much better.
+    """
     sure = blind_answers(World(max_objects=1), n=600)
     assert sure["how many objects ?"] == "one"
     world, counts = World(), {}

@@ -1,4 +1,6 @@
-"""unimod_mini.data.shards: the format on disk, and a loader whose samples depend on the seed and the step alone."""
+"""unimod_mini.data.shards: the format on disk, and a loader whose samples depend on the seed and
+the step alone.
+"""
 import json
 import shutil
 import subprocess
@@ -30,7 +32,9 @@ def make_tokenizer(backbone="showo", text=None, image=None, grid=(2, 3), budget=
 
 
 def make_samples(n, task, seed=0):
-    """n samples; the question of number i spells i in base 3, so that no two are the same (n <= 81)."""
+    """n samples; the question of number i spells i in base 3, so that no two are the same (n <=
+    81).
+    """
     generator = torch.Generator().manual_seed(seed)
     digits = lambda i: " ".join("abc"[i // 3**k % 3] for k in range(4))
     return [Sample(digits(i), "d c"[:i % 2 * 2 + 1] if task == "mmu" else "",
@@ -39,7 +43,9 @@ def make_samples(n, task, seed=0):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A data set of each backbone: 30 of t2i and 20 of mmu in shards of 7, 5 of lm; 4 and 3 held out."""
+    """A data set of each backbone: 30 of t2i and 20 of mmu in shards of 7, 5 of lm; 4 and 3 held
+    out.
+    """
     made = {}
     for backbone in ("showo", "emu3"):
         made[backbone] = tmp_path_factory.mktemp(backbone) / "data"
@@ -64,7 +70,9 @@ def same_batch(one, two):
 
 @pytest.mark.parametrize("backbone", ("showo", "emu3"))
 def test_what_is_written_is_read(folders, backbone):
-    """Every sample of every split and task comes back, in order, across the borders of files; counts agree."""
+    """Every sample of every split and task comes back, in order, across the borders of files;
+    counts agree.
+    """
     shards = Shards(folders[backbone])
     for split, task, n, seed in (("train", "t2i", 30, 0), ("train", "mmu", 20, 1), ("train", "lm", 5, 0),
                                  ("held", "t2i", 4, 2), ("held", "mmu", 3, 3)):
@@ -83,7 +91,9 @@ def test_what_is_written_is_read(folders, backbone):
 
 @pytest.mark.parametrize("vocabulary, dtype", [(20, "<u2"), (70_000, "<u4")])
 def test_numpy_alone_reads_a_shard(tmp_path, vocabulary, dtype):
-    """The recipe of the module's docstring: json for the header, memmap for the rest; uint32 when ids need it."""
+    """The recipe of the module's docstring: json for the header, memmap for the rest; uint32
+    when ids need it.
+    """
     words = WORDS + [f"w{i}" for i in range(vocabulary - len(WORDS))]
     tokenizer, samples = make_tokenizer(text=WordText(words)), make_samples(5, "mmu")
     if vocabulary > 2**16:
@@ -134,7 +144,9 @@ def test_what_cannot_be_written(tmp_path, samples, message):
 
 
 def test_an_interrupted_writing_is_begun_anew(tmp_path):
-    """What a call that was cut short left is not mixed with what the next one writes; a finished data set is kept."""
+    """What a call that was cut short left is not mixed with what the next one writes; a finished
+    data set is kept.
+    """
     def dies():
         yield from make_samples(20, "t2i")
         raise KeyboardInterrupt
@@ -164,7 +176,9 @@ def flip(path, place):
 
 
 def test_a_text_longer_than_two_bytes_can_count():
-    """The length of a text is one of the numbers of a record: a budget above 65,535 needs four bytes, as an id would."""
+    """The length of a text is one of the numbers of a record: a budget above 65,535 needs four
+    bytes, as an id would.
+    """
     for budget, dtype in ((2**16 - 4, "<u2"), (70_000, "<u4")):
         tokenizer = Tokenizer("showo", ByteText(), Codes(16), (2, 2), budget)
         assert layout(tokenizer, "t2i", 1)["dtype"] == dtype
@@ -185,7 +199,9 @@ def test_a_text_longer_than_two_bytes_can_count():
     (lambda p: header_of(p, shape=[8, 14]), "bytes, its header says"),
     (lambda p: header_of(p, file="train-t2i-00002.shard"), "was written as train-t2i-00002.shard")])
 def test_damaged_shards_are_refused_by_name(folders, tmp_path, damage, message):
-    """Truncated, lengthened, altered, of another version, tokenizer, split or layout: a ValueError naming the file."""
+    """Truncated, lengthened, altered, of another version, tokenizer, split or layout: a
+    ValueError naming the file.
+    """
     shutil.copytree(folders["showo"], tmp_path / "d")
     path = tmp_path / "d" / "train-t2i-00001.shard"
     damage(path)
@@ -195,7 +211,9 @@ def test_damaged_shards_are_refused_by_name(folders, tmp_path, damage, message):
 
 
 def test_shards_that_are_missing_strange_or_renamed(folders, tmp_path):
-    """A lost shard is found by its count, a renamed one by its header, a tokenizer that is none by its name."""
+    """A lost shard is found by its count, a renamed one by its header, a tokenizer that is none
+    by its name.
+    """
     def copy(name):
         return Path(shutil.copytree(folders["emu3"], tmp_path / name))
     lost = copy("lost")
@@ -238,8 +256,9 @@ def vq(seed=0, **sizes):
 
 
 def test_the_hash_is_canonical(tmp_path):
-    """The same tokenizer has the same hash, made twice, stored and loaded, and in another process; the order of the
-    state's keys and the strides of its tensors do not count."""
+    """The same tokenizer has the same hash, made twice, stored and loaded, and in another process;
+    the order of the state's keys and the strides of its tensors do not count.
+    """
     for image in (None, vq(), vq(quantizer="lfq")):
         one = make_tokenizer(image=image)
         torch.save(one.state(), tmp_path / "t.pt")
@@ -257,7 +276,9 @@ def test_the_hash_is_canonical(tmp_path):
 
 
 def test_every_change_changes_the_hash():
-    """Words, their order, patches, one VQ weight, quantizer, grid, budget, prompts, backbone: each changes the hash."""
+    """Words, their order, patches, one VQ weight, quantizer, grid, budget, prompts, backbone:
+    each changes the hash.
+    """
     patches = torch.arange(7 * 12).view(7, 2, 2, 3)
     changed = patches.clone()
     changed[6, 1, 1, 2] += 1
@@ -277,7 +298,10 @@ def test_every_change_changes_the_hash():
 
 @given(size=st.integers(1, 300), epoch=st.integers(0, 10**6), seed=st.integers())
 def test_every_epoch_is_a_permutation(size, epoch, seed):
-    """Numbers e size .. (e + 1) size - 1 go to every index once, in whatever order they are asked."""
+    """Numbers e size ..
+
+    (e + 1) size - 1 go to every index once, in whatever order they are asked.
+    """
     loader = Loader.__new__(Loader)
     loader.seed, loader.split, loader.orders = seed, "train", {}
     loader.shards = SimpleNamespace(count=lambda task, split: size)
@@ -309,7 +333,9 @@ def questions(shards, batches):
 
 
 def whole(folder, seed, steps, world=1, accumulate=1, per_step=(12, 12), drop=.3):
-    """{task: rows of the global batches of all ranks, in the order of their numbers}, each row a tuple of bytes."""
+    """{task: rows of the global batches of all ranks, in the order of their numbers}, each row a
+    tuple of bytes.
+    """
     rows = {"t2i": [], "mmu": []}
     shards = Shards(folder, checksums=False)
     loaders = [Loader(shards, dict(zip(rows, per_step)), seed, rank, world, accumulate, drop) for rank in range(world)]
@@ -327,8 +353,9 @@ def whole(folder, seed, steps, world=1, accumulate=1, per_step=(12, 12), drop=.3
 @given(seed=seeds, first=st.integers(0, 50), world=st.sampled_from([1, 2, 3, 6]), accumulate=st.sampled_from([1, 2]))
 @settings(max_examples=8)
 def test_ranks_and_accumulation_change_no_sample(folders, backbone, seed, first, world, accumulate):
-    """The ranks partition the global batch: all ranks' parts together are the batch of one process, bit for bit, with
-    its masks and dropped captions."""
+    """The ranks partition the global batch: all ranks' parts together are the batch of one process,
+    bit for bit, with its masks and dropped captions.
+    """
     steps = range(first, first + 2)
     assert whole(folders[backbone], seed, steps, world, accumulate) == whole(folders[backbone], seed, steps)
 
@@ -336,8 +363,9 @@ def test_ranks_and_accumulation_change_no_sample(folders, backbone, seed, first,
 @given(seed=seeds, stop=st.integers(1, 9), world=st.sampled_from([1, 2, 3]), again=st.sampled_from([1, 2, 6]))
 @settings(max_examples=8)
 def test_a_restart_with_another_number_of_ranks_loses_and_repeats_nothing(folders, seed, stop, world, again):
-    """Ten steps, stopped after `stop` and gone on with another number of ranks: the same stream of samples; and within
-    every epoch of that stream each sample comes once."""
+    """Ten steps, stopped after `stop` and gone on with another number of ranks: the same stream of
+    samples; and within every epoch of that stream each sample comes once.
+    """
     folder = folders["emu3"]
     before, after = (whole(folder, seed, steps, ranks, drop=0) for steps, ranks in
                      ((range(stop), world), (range(stop, 10), again)))
@@ -350,7 +378,9 @@ def test_a_restart_with_another_number_of_ranks_loses_and_repeats_nothing(folder
 
 
 def test_equal_counts_and_labels(folders):
-    """Every rank and part has the same number of samples of every task, laid out by the tokenizer's own functions."""
+    """Every rank and part has the same number of samples of every task, laid out by the
+    tokenizer's own functions.
+    """
     shards = Shards(folders["emu3"])
     for rank in range(3):
         for part in Loader(shards, {"t2i": 12, "mmu": 6, "lm": 6}, 5, rank, 3, 2, drop=0).batches(7):
@@ -369,8 +399,9 @@ def test_equal_counts_and_labels(folders):
 
 
 def test_masks_and_dropped_captions(folders):
-    """showo: some codes are hidden and are the labels left, others in another epoch; drop empties about its share of
-    the captions, 0 none and 1 all, and leaves the masks as they are."""
+    """showo: some codes are hidden and are the labels left, others in another epoch; drop empties
+    about its share of the captions, 0 none and 1 all, and leaves the masks as they are.
+    """
     shards = Shards(folders["showo"])
     tokenizer = shards.tokenizer
     by_drop = {drop: [Loader(shards, {"t2i": 30}, 1, drop=drop).batches(step)[0]["t2i"] for step in range(20)]
@@ -379,7 +410,8 @@ def test_masks_and_dropped_captions(folders):
         assert torch.equal(one.labels, two.labels) and torch.equal(one.labels != -100, one.ids == tokenizer.mask_id)
         assert (one.ids == tokenizer.mask_id).any(1).all()
     empty = {drop: sum(text == "" for text in questions(shards, batches)) for drop, batches in by_drop.items()}
-    assert empty[0] == 0 and empty[1] == 600 and empty[.3] == pytest.approx(180, abs=56)      # 5 standard deviations
+    # 5 standard deviations
+    assert empty[0] == 0 and empty[1] == 600 and empty[.3] == pytest.approx(180, abs=56)
     patterns = Counter(tuple((row != -100).tolist()) for batch in by_drop[0] for row in batch.labels)
     assert len(patterns) > 40
     held = Loader(shards, {"t2i": 4}, split="held", drop=0).batches(0)[0]["t2i"]
@@ -388,8 +420,9 @@ def test_masks_and_dropped_captions(folders):
 
 @pytest.mark.parametrize("start, steps", [(0, 5), (3, 7), (4, 4), (0, 1)])
 def test_reading_ahead_changes_nothing(folders, monkeypatch, start, steps):
-    """(step, batches(step)) in order, from any start, the next one asked for while one is used; stopping early ends the
-    thread."""
+    """(step, batches(step)) in order, from any start, the next one asked for while one is used;
+    stopping early ends the thread.
+    """
     loader, asked = Loader(Shards(folders["showo"]), {"t2i": 4, "mmu": 2}, accumulate=2), [Event() for _ in range(9)]
     good, seen = loader.batches, []
     with monkeypatch.context() as patch:
@@ -408,7 +441,9 @@ def test_reading_ahead_changes_nothing(folders, monkeypatch, start, steps):
 
 
 def test_an_error_while_reading_ahead_reaches_the_caller(folders, monkeypatch):
-    """What goes wrong in the thread, ahead of its turn, is raised where the batch is taken, not swallowed."""
+    """What goes wrong in the thread, ahead of its turn, is raised where the batch is taken, not
+    swallowed.
+    """
     loader, asked = Loader(Shards(folders["showo"]), {"t2i": 4}), [Event() for _ in range(9)]
     good = loader.batches
     monkeypatch.setattr(loader, "batches", lambda step: asked[step].set() or (good(step) if step < 3 else 1 / 0))
@@ -433,7 +468,9 @@ def test_an_error_while_reading_ahead_reaches_the_caller(folders, monkeypatch):
     (dict(counts={"t2i": 4}, accumulate=0), "accumulate 0"),
     (dict(counts={"t2i": 4}, drop=1.5), "drop 1.5")])
 def test_loaders_that_cannot_be(folders, arguments, message):
-    """Counts that do not divide name the numbers that would; a task without samples names those that are there."""
+    """Counts that do not divide name the numbers that would; a task without samples names those
+    that are there.
+    """
     with pytest.raises(ValueError, match=message):
         Loader(Shards(folders["showo"]), **arguments)
 
@@ -448,8 +485,9 @@ def anonymous():
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="measured by /proc of Linux")
 def test_memory_is_flat_on_a_shard_that_is_larger_than_the_allowance(tmp_path):
-    """Checking and reading every sample of a 40 MB shard takes less than 8 MB of anonymous memory; the same bytes in an
-    array are seen by this measurement."""
+    """Checking and reading every sample of a 40 MB shard takes less than 8 MB of anonymous memory;
+    the same bytes in an array are seen by this measurement.
+    """
     n, tokenizer = 5000, make_tokenizer(grid=(64, 64))
     codes = torch.randint(7, (64, 64))
     write_shards(tmp_path, tokenizer, {"train": {"t2i": (("a", "", codes) for _ in range(n))}})

@@ -1,4 +1,7 @@
-"""benchmarks/step.py: its flags, plans, arithmetic and files. The figures themselves are for a quiet machine."""
+"""benchmarks/step.py: its flags, plans, arithmetic and files.
+
+The figures themselves are for a quiet machine.
+"""
 import gc
 import json
 import sys
@@ -15,7 +18,7 @@ from benchmarks import step, timing
 from benchmarks.growth import counted_equal_at, draw, fit, laws
 from benchmarks.timing import FEWEST, bootstrap, race, summary
 from unimod_mini import ModelConfig, Plan, UnifiedTransformer, count_flops, flops_ratio
-from unimod_mini.memory import activation_bytes
+from unimod_mini.flops import activation_bytes
 
 ROW = {"saving", "task", "layers", "length", "batch", "keep", "routed_layers", "flops_saved", "flops_saved_live",
        "pairs", "dense_ms", "unimod_ms", "dense_spread", "unimod_spread", "time_saved", "time_saved_interval",
@@ -46,7 +49,9 @@ def test_the_flags_are_frozen():
 
 
 def test_sizes_when_nothing_is_said():
-    """Width 384, 8 layers, 512 tokens, batch 4, a minute a plan; a preset keeps its own width and depth."""
+    """Width 384, 8 layers, 512 tokens, batch 4, a minute a plan; a preset keeps its own width
+    and depth.
+    """
     args = step.parse([])
     assert (args.width, args.layers, args.length, args.batch, args.seconds) == (384, 8, 512, 4, 60)
     config = step.make_config(args)
@@ -79,7 +84,9 @@ SHAPES = ([], ["--backbone", "emu3"], ["--quick"], ["--quick", "--backbone", "em
 @pytest.mark.parametrize("arguments", SHAPES, ids=" ".join)
 @pytest.mark.parametrize("task", ("t2i", "mmu"))
 def test_plans_meet_their_savings(arguments, task):
-    """15, 40 and 60 % of the counted training FLOPs, to 0.5 % of dense; one keep, in the odd layers if that will do."""
+    """15, 40 and 60 % of the counted training FLOPs, to 0.5 % of dense; one keep, in the odd
+    layers if that will do.
+    """
     args = step.parse(arguments)
     config = step.make_config(args)
     for saving in step.SAVINGS:
@@ -94,7 +101,9 @@ def test_plans_meet_their_savings(arguments, task):
 
 
 def test_savings_out_of_reach():
-    """The head is never pruned: a saving that would need it is a ValueError, before anything is timed."""
+    """The head is never pruned: a saving that would need it is a ValueError, before anything is
+    timed.
+    """
     config = step.make_config(step.parse(["--quick"]))
     for saving in (0.9, 1.0, 0.0, -1.0):
         with pytest.raises(ValueError, match="no plan with keeps of 0.1 and more saves"):
@@ -105,7 +114,9 @@ def test_savings_out_of_reach():
 
 @pytest.mark.parametrize("task", ("t2i", "mmu"))
 def test_batches(task):
-    """Show-o has one span of the size that is counted, at the end for t2i and at the front for mmu; Emu3 has none."""
+    """Show-o has one span of the size that is counted, at the end for t2i and at the front for
+    mmu; Emu3 has none.
+    """
     config = step.make_config(step.parse(["--quick"]))
     batch, size = step.make_batch(config, task, 3, 100, torch.device("cpu")), step.image_span(config, 100)
     expected = torch.arange(100) >= 100 - size if task == "t2i" else torch.arange(100) < size
@@ -119,7 +130,9 @@ def test_batches(task):
 # ---------------------------------------------------------------- arithmetic on invented timings
 
 def test_summary():
-    """Dense 2 s, UniMoD 1.5 s in every pair: a quarter of the time saved; of half the FLOPs that is a share of 0.5."""
+    """Dense 2 s, UniMoD 1.5 s in every pair: a quarter of the time saved; of half the FLOPs that
+    is a share of 0.5.
+    """
     out = summary([(2.0, 1.5)] * 9, 0.5)
     assert out["time_saved"] == 0.25 and out["realised"] == 0.5 and out["pairs"] == 9
     assert out["time_saved_interval"] == (0.25, 0.25) and out["realised_interval"] == (0.5, 0.5)
@@ -127,7 +140,9 @@ def test_summary():
 
 
 def test_summary_pairs_steps():
-    """A machine that slows down tenfold half-way changes both of a pair: the share stays, the spread says so."""
+    """A machine that slows down tenfold half-way changes both of a pair: the share stays, the
+    spread says so.
+    """
     out = summary([(1.0, 0.7)] * 6 + [(10.0, 7.0)] * 5, 0.4)
     assert out["realised"] == pytest.approx(0.75) and out["realised_interval"] == pytest.approx((0.75, 0.75))
     assert out["dense_spread"] == pytest.approx(9.0)
@@ -174,7 +189,9 @@ def test_peaks(name, peak):
 
 
 def test_costs():
-    """MFU counts the plan's own FLOPs over the seconds and the peak; without a peak there is none."""
+    """MFU counts the plan's own FLOPs over the seconds and the peak; without a peak there is
+    none.
+    """
     config = step.make_config(step.parse(["--quick"]))
     plan = step.plan_for_saving(config, "mmu", 128, 0.4)
     row = {"length": 128, "batch": 2, "task": "mmu", "unimod_ms": 500.0}
@@ -188,7 +205,9 @@ def test_costs():
 
 @pytest.mark.parametrize("backbone", ("showo", "emu3"))
 def test_a_quick_run(backbone, tmp_path, capsys):
-    """A run in this process prints one line a plan and writes the promised keys, and nothing but the file."""
+    """A run in this process prints one line a plan and writes the promised keys, and nothing but
+    the file.
+    """
     out = step.main([*TINY, "--backbone", backbone, "--out", str(tmp_path / "step.json")])
     stored = json.loads((tmp_path / "step.json").read_text())
     assert set(stored) == {"device", "hardware", "torch", "preset", "dtype", "compile", "graphs", "optimizer", "interval",
@@ -202,7 +221,9 @@ def test_a_quick_run(backbone, tmp_path, capsys):
 
 
 def test_twins_have_the_same_weights():
-    """The UniMoD twin starts from the dense weights; a step moves every parameter that its task uses."""
+    """The UniMoD twin starts from the dense weights; a step moves every parameter that its task
+    uses.
+    """
     config = step.make_config(step.parse(TINY))
     batches = {"t2i": step.make_batch(config, "t2i", 2, 64, torch.device("cpu"))}
     own = step.Step(lambda: UnifiedTransformer(config, step.plan_for_saving(config, "t2i", 64, 0.4)), batches,
@@ -216,7 +237,9 @@ def test_twins_have_the_same_weights():
 @pytest.mark.parametrize("task", ("t2i", "mmu"))
 @pytest.mark.parametrize("backbone", ("showo", "emu3"))
 def test_without_routing(backbone, task, capsys):
-    """The unrouted twin runs each block on the first K tokens, in place, with the gate at 1; --unrouted times it."""
+    """The unrouted twin runs each block on the first K tokens, in place, with the gate at 1;
+    --unrouted times it.
+    """
     config = step.make_config(step.parse([*TINY, "--backbone", backbone, "--layers", "3"]))
     plan = Plan({name: (1, .4, 0) for name in ("t2i", "mmu")})
     model, batch = step.Unrouted(config, plan), step.make_batch(config, task, 2, 64, torch.device("cpu"))
@@ -228,12 +251,14 @@ def test_without_routing(backbone, task, capsys):
     x[:, :K] = x[:, :K] + model.blocks[1](x[:, :K], *model.context(batch.ids[:, :K], None, spans, None)[4:6])
     torch.testing.assert_close(out.logits, model.head(model.norm(x)))
     row = step.main([*TINY, "--backbone", backbone, "--task", task, "--savings", "0.4", "--unrouted"])["rows"][0]
-    assert row["unrouted"]["flops_saved"] > row["flops_saved"]               # no router costs anything there
+    assert row["unrouted"]["flops_saved"] > row["flops_saved"]  # no router costs anything there
     assert "without routing: " in capsys.readouterr().out
 
 
 def test_what_the_unrouted_twin_saves():
-    """A layer at keep k on the first K tokens costs what a dense layer costs on K tokens; the head is whole."""
+    """A layer at keep k on the first K tokens costs what a dense layer costs on K tokens; the
+    head is whole.
+    """
     config, length = step.make_config(step.parse([*TINY, "--layers", "2"])), 64
     plan = Plan({"t2i": (1, .25), "mmu": (1, .25)})
     layer = lambda n: step.count_flops(config, None, "mmu", n, "train").by_layer[1]
@@ -242,7 +267,9 @@ def test_what_the_unrouted_twin_saves():
 
 
 def test_growth(tmp_path):
-    """--grow times every length and depth and draws well-formed SVG with one point for each measured row and twin."""
+    """--grow times every length and depth and draws well-formed SVG with one point for each
+    measured row and twin.
+    """
     out = step.main([*TINY, "--savings", "0.4", "--layers", "4", "--grow", str(tmp_path / "grow.svg")])
     assert [(row["layers"], row["length"]) for row in out["rows"]] == [(4, 64), (4, 256), (2, 64)]
     assert [row["batch"] for row in out["rows"]] == [2, 1, 2]
@@ -262,7 +289,9 @@ def test_fit_finds_the_law(a, b):
 
 
 def test_counted_parts():
-    """The T and T^2 parts of the counted FLOPs are equal where they should be: all else against the scores."""
+    """The T and T^2 parts of the counted FLOPs are equal where they should be: all else against
+    the scores.
+    """
     config = step.make_config(step.parse([]))
     rows = [{"layers": 8, "length": n, "batch": 1, "dense_flops": count_flops(config, None, "t2i", n, "train").total}
             for n in (256, 4096)]
@@ -284,7 +313,9 @@ def test_graphs_need_cuda(capsys):
 
 
 def test_both_of_a_pair_train_by_the_same_rule_and_are_freed(monkeypatch):
-    """The rule changes with every other step; a step that is deleted leaves no model behind, gc or not."""
+    """The rule changes with every other step; a step that is deleted leaves no model behind, gc
+    or not.
+    """
     config = step.make_config(step.parse(["--quick", "--backbone", "emu3"]))
     batches, seen, original = {"t2i": step.make_batch(config, "t2i", 1, 16, "cpu")}, [], timing.forward_backward
     monkeypatch.setattr(timing, "forward_backward", lambda objective, batches, shares, rules: (

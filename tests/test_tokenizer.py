@@ -20,13 +20,16 @@ class Codes:
 
 
 def showo(grid=(2, 2), text_length=5):
-    """a b c d = 0 1 2 3, sot 4, eot 5, [PAD] 6, soi 7, eoi 8, sov eov, t2i 11, mmu 12, .., codes 16 to 20, mask 21."""
+    """a b c d = 0 1 2 3, sot 4, eot 5, [PAD] 6, soi 7, eoi 8, sov eov, t2i 11, mmu 12, .., codes
+    16 to 20, mask 21.
+    """
     return Tokenizer("showo", WordText("abcd"), Codes(5), grid, text_length)
 
 
 def emu3(grid=(2, 2), text_length=3, size="2*2"):
-    """a b c d = 0 1 2 3, size 4, sys 5, asst 6, [PAD] 7, BOS 8, EOS 9, boi 10, img 11, EOL 12, EOF 13, eoi 14, codes
-    15 to 19."""
+    """a b c d = 0 1 2 3, size 4, sys 5, asst 6, [PAD] 7, BOS 8, EOS 9, boi 10, img 11, EOL 12, EOF
+    13, eoi 14, codes 15 to 19.
+    """
     text = WordText(["a", "b", "c", "d", size, "sys", "asst"])
     return Tokenizer("emu3", text, Codes(5), grid, text_length, system="sys", assistant="asst")
 
@@ -47,18 +50,21 @@ def same(batch, ids, spans, padding, labels):
     assert batch.labels.tolist() == labels and batch.labels.dtype == torch.long
 
 
-# ------------------------------------------------------------------------------------------------------- text
 
 @given(st.lists(st.sampled_from("red ring a top-left ?".split())), st.sampled_from([" ", "  ", " \n\t "]))
 def test_words_round_trip(words, blank):
-    """decode(encode(x)) is x up to runs of blanks; ids count the words of the list, doubles once."""
+    """decode(encode(x)) is x up to runs of blanks; ids count the words of the list, doubles
+    once.
+    """
     text = WordText("a red ring a top-left ? red".split())
     assert text.size == 5 and text.encode("a red ring top-left ?") == [0, 1, 2, 3, 4]
     assert text.decode(text.encode(blank + blank.join(words))) == " ".join(words)
 
 
 def test_unknown_word_names_the_nearest():
-    """A misspelt word is a ValueError that quotes it and the nearest known word; a hopeless one is quoted alone."""
+    """A misspelt word is a ValueError that quotes it and the nearest known word; a hopeless one
+    is quoted alone.
+    """
     text = WordText("a red ring purple".split())
     with pytest.raises(ValueError, match=r"'pruple'.*'purple'"):
         text.encode("a pruple ring")
@@ -77,13 +83,14 @@ def test_bytes_round_trip(string):
 
 @pytest.mark.parametrize("text", [WordText("ab"), ByteText()])
 def test_decoding_skips_what_is_not_text(text):
-    """Ids of other kinds (special, image) and negative ones are left out; a cut character does not raise."""
+    """Ids of other kinds (special, image) and negative ones are left out; a cut character does
+    not raise.
+    """
     ids = text.encode("a b")
     assert text.decode([-1, *ids, text.size, 10**6]) == "a b"
     assert isinstance(ByteText().decode([0xe2, 0x82]), str)
 
 
-# ------------------------------------------------------------------------------------------------------ images
 
 def palette(n, patch, seed=0):
     """n distinct patches."""
@@ -94,7 +101,9 @@ def palette(n, patch, seed=0):
 
 @given(st.integers(1, 3), st.integers(1, 40), st.integers(1, 4), st.integers(1, 4), st.booleans(), seeds)
 def test_palette_round_trip(patch, n, h, w, strided, seed):
-    """Pictures made of the palette's patches survive exactly, also as a non-contiguous view; patches lie in place."""
+    """Pictures made of the palette's patches survive exactly, also as a non-contiguous view;
+    patches lie in place.
+    """
     tokens = palette(n, patch, seed)
     codes = torch.randint(n, (3, h, w), generator=torch.Generator().manual_seed(seed))
     images = tokens.decode(codes)
@@ -117,7 +126,9 @@ def test_palette_crop():
 
 
 def test_palette_takes_the_nearest_patch():
-    """Every patch of any picture is coded by the patch at the smallest squared distance (integers, by loops)."""
+    """Every patch of any picture is coded by the patch at the smallest squared distance
+    (integers, by loops).
+    """
     tokens = palette(50, 2)
     images = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (4, 10, 6, 3), dtype=np.uint8))
     codes = tokens.encode(images)
@@ -138,7 +149,9 @@ def error(tokens, images):
 
 
 def test_fit_lowers_the_error():
-    """More codes: a lower squared error; more rounds of k-means: a lower one than that of random patches."""
+    """More codes: a lower squared error; more rounds of k-means: a lower one than that of random
+    patches.
+    """
     images = noise()
     errors = [error(Palette.fit(images, n_codes=n), images) for n in (1, 4, 16, 64)]
     assert all(fewer > more for fewer, more in zip(errors, errors[1:]))
@@ -159,7 +172,9 @@ def test_fit_is_deterministic():
 
 @pytest.mark.parametrize("n_codes", [7, 8, 100])
 def test_fit_with_more_codes_than_patches(n_codes):
-    """As many codes as distinct patches, or more: pictures survive exactly and no code is invented."""
+    """As many codes as distinct patches, or more: pictures survive exactly and no code is
+    invented.
+    """
     images = palette(7, 2).decode(torch.arange(7).repeat(4).view(1, 4, 7))
     tokens = Palette.fit(images, n_codes=n_codes)
     assert tokens.n_codes == 7 and torch.equal(tokens.decode(tokens.encode(images)), images)
@@ -175,18 +190,22 @@ def test_fit_with_more_codes_than_patches(n_codes):
     lambda p: Palette.fit(torch.zeros(1, 3, 4, 3).byte()), lambda p: Palette.fit(torch.zeros(1, 4, 4, 3).byte(), 0),
     lambda p: Palette.fit(torch.zeros(1, 4, 4, 3).byte(), patch=0)])
 def test_palette_errors(call):
-    """Pictures of another dtype, shape or size, codes outside [0, n) and odd patches are ValueErrors."""
+    """Pictures of another dtype, shape or size, codes outside [0, n) and odd patches are
+    ValueErrors.
+    """
     tokens = palette(3, 2)
-    tokens.encode(torch.zeros(1, 4, 4, 3).byte()), tokens.decode(torch.tensor([[[2]]]))     # the right ones pass
+    # the right ones pass
+    tokens.encode(torch.zeros(1, 4, 4, 3).byte()), tokens.decode(torch.tensor([[[2]]]))
     with pytest.raises(ValueError, match="images|codes|patches"):
         call(tokens)
 
 
-# -------------------------------------------------------------------------------------------------- vocabulary
 
 @pytest.mark.parametrize("tokens", [showo(), emu3()], ids=["showo", "emu3"])
 def test_vocabulary_does_not_overlap(tokens):
-    """Text, special ids, codes and mask tile [0, vocab_size) without overlap; every id has a name of its own."""
+    """Text, special ids, codes and mask tile [0, vocab_size) without overlap; every id has a
+    name of its own.
+    """
     text, codes = range(tokens.text.size), range(tokens.image_start, tokens.image_end)
     mask = [] if tokens.mask_id is None else [tokens.mask_id]
     assert sorted([*text, *tokens.special.values(), *codes, *mask]) == list(range(tokens.vocab_size))
@@ -207,7 +226,9 @@ def test_names():
 
 
 def test_true_showo_vocabulary():
-    """50,295 text ids with sot and eot, [PAD] first of 10 specials, 8,192 codes, the mask last: 58,498."""
+    """50,295 text ids with sot and eot, [PAD] first of 10 specials, 8,192 codes, the mask last:
+    58,498.
+    """
     text = ByteText()
     text.size = 50_295 - 2
     tokens = Tokenizer("showo", text, Codes(8_192), (16, 16), 128)
@@ -227,10 +248,11 @@ def test_true_emu3_image():
                                        tokens.special["img"]]
 
 
-# ------------------------------------------------------------------------------------- layouts to the last id
 
 def test_showo_t2i():
-    """[PAD..] t2i sot text eot soi N codes eoi, padded on the left; the codes are labels where they stand."""
+    """[PAD..] t2i sot text eot soi N codes eoi, padded on the left; the codes are labels where
+    they stand.
+    """
     batch = showo().t2i(["a b", "", "c c d"], PICTURE.repeat(3, 1, 1))
     image, label = [7, 16, 17, 18, 20, 8], [X, 16, 17, 18, 20, X]
     same(batch, [[6, 11, 4, 0, 1, 5, *image], [6, 6, 6, 11, 4, 5, *image], [11, 4, 2, 2, 3, 5, *image]],
@@ -238,7 +260,9 @@ def test_showo_t2i():
 
 
 def test_showo_mmu():
-    """mmu soi N codes eoi sot question answer eot [PAD..]; span mmu..eoi; the answer and its end are shifted labels."""
+    """mmu soi N codes eoi sot question answer eot [PAD..]; span mmu..eoi; the answer and its end
+    are shifted labels.
+    """
     batch = showo().mmu(["a", "", "d"], ["b", "", "b c"], PICTURE.repeat(3, 1, 1))
     image = [12, 7, 16, 17, 18, 20, 8]
     same(batch, [[*image, 4, 0, 1, 5, 6], [*image, 4, 5, 6, 6, 6], [*image, 4, 3, 1, 2, 5]], [[1] * 7 + [0] * 5] * 3,
@@ -255,7 +279,9 @@ def test_showo_lm():
 
 
 def test_emu3_t2i():
-    """BOS text boi h*w img row EOL row EOL EOF eoi EOS [PAD..]; the codes alone are labels, shifted."""
+    """BOS text boi h*w img row EOL row EOL EOF eoi EOS [PAD..]; the codes alone are labels,
+    shifted.
+    """
     image = [10, 4, 11, 15, 16, 12, 17, 19, 12, 13, 14, 9]
     label = [X, X, 15, 16, X, 17, 19, X, X, X, X, X]
     same(emu3().t2i(["a b", "", "a c d"], PICTURE.repeat(3, 1, 1)),
@@ -265,7 +291,9 @@ def test_emu3_t2i():
 
 
 def test_emu3_mmu():
-    """BOS system image question assistant answer EOS [PAD..]; the answer and its end are shifted labels."""
+    """BOS system image question assistant answer EOS [PAD..]; the answer and its end are shifted
+    labels.
+    """
     image = [10, 4, 11, 15, 16, 12, 17, 19, 12, 13, 14]
     same(emu3().mmu(["a", "", ""], ["b", "", "c"], PICTURE.repeat(3, 1, 1)),
          [[8, 5, *image, 0, 6, 1, 9], [8, 5, *image, 6, 9, 7, 7], [8, 5, *image, 6, 2, 9, 7]], None,
@@ -274,7 +302,9 @@ def test_emu3_mmu():
 
 
 def test_several_turns_on_one_picture():
-    """Questions and answers as lists: question answer eot question answer eot ..; every answer and end is a label."""
+    """Questions and answers as lists: question answer eot question answer eot ..; every answer
+    and end is a label.
+    """
     batch = showo((1, 1), 8).mmu([["a", "b b"], "a"], [["c", "d"], "c"], torch.tensor([[[3]], [[0]]]))
     same(batch, [[12, 7, 19, 8, 4, 0, 2, 5, 1, 1, 3, 5], [12, 7, 16, 8, 4, 0, 2, 5, 6, 6, 6, 6]],
          [[1] * 4 + [0] * 8] * 2, [[0] * 12, [0] * 8 + [1] * 4],
@@ -323,7 +353,9 @@ def test_image_ids_and_back(make, B, h, w, seed):
 
 @given(st.sampled_from([showo, emu3]), st.lists(st.text("abcd", max_size=3), min_size=1, max_size=4), seeds)
 def test_batches_agree_with_their_rows(make, texts, seed):
-    """A batch has the promised length for every task, and its rows are what each sample gives alone."""
+    """A batch has the promised length for every task, and its rows are what each sample gives
+    alone.
+    """
     tokens, texts = make(), [" ".join(text) for text in texts]
     codes = torch.randint(5, (len(texts), 2, 2), generator=torch.Generator().manual_seed(seed))
     blank = [""] * len(texts)
@@ -357,18 +389,19 @@ def test_batch_carries_the_models_arguments():
     assert batch.to("cpu").spans is None and torch.equal(batch.to("cpu").labels, batch.labels)
 
 
-# ------------------------------------------------------------------------------------------------------ errors
 
 @pytest.mark.parametrize("tokens, call, most", [
-    (showo(), lambda t, n: t.t2i([" ".join("a" * n)], PICTURE), 3),                       # with sot and eot: 5
+    (showo(), lambda t, n: t.t2i([" ".join("a" * n)], PICTURE), 3),  # with sot and eot: 5
     (showo(), lambda t, n: t.mmu([" ".join("a" * (n - 1))], ["b"], PICTURE), 3),
     (showo(text_length=7), lambda t, n: t.mmu([["a", " ".join("a" * n)]], [["b", ""]], PICTURE), 2),
     (showo(), lambda t, n: t.lm([" ".join("a" * n)]), 10),
     (emu3(), lambda t, n: t.t2i([" ".join("a" * n)], PICTURE), 3),
-    (emu3(), lambda t, n: t.mmu([" ".join("a" * (n - 1))], ["b"], PICTURE), 2),           # with EOS: 3
+    (emu3(), lambda t, n: t.mmu([" ".join("a" * (n - 1))], ["b"], PICTURE), 2),  # with EOS: 3
     (emu3(), lambda t, n: t.lm([" ".join("a" * n)]), 3)])
 def test_text_budget(tokens, call, most):
-    """Text that fills the budget exactly passes without padding; one token more is a ValueError naming both sizes."""
+    """Text that fills the budget exactly passes without padding; one token more is a ValueError
+    naming both sizes.
+    """
     batch = call(tokens, most)
     assert batch.valid is None or batch.valid.all()
     with pytest.raises(ValueError, match=r"\d+ tokens.*budget of \d+"):
@@ -382,7 +415,9 @@ def test_text_budget(tokens, call, most):
     (lambda t: t.image_ids(torch.full((1, 2, 2), 5)), "codes"), (lambda t: t.image_ids(-PICTURE), "codes"),
     (lambda t: t.t2i(["a e"], PICTURE), "'e'"), (lambda t: t.lm(["e"]), "'e'")])
 def test_layout_errors(make, call, word):
-    """Codes of another grid or outside the codebook and unknown words are ValueErrors that say which."""
+    """Codes of another grid or outside the codebook and unknown words are ValueErrors that say
+    which.
+    """
     with pytest.raises(ValueError, match=word):
         call(make())
 
@@ -410,7 +445,9 @@ def test_a_model_of_these_sizes_has_room_for_an_answer(make):
     lambda t: t.mmu(["a"], ["b"], PICTURE.repeat(2, 1, 1)), lambda t: t.mmu([["a"]], [["", ""]], PICTURE),
     lambda t: t.mmu([["", ""]], [["a"]], PICTURE)])
 def test_mismatched_counts(call):
-    """As many captions, questions and answers as pictures, or a ValueError: none is dropped in silence."""
+    """As many captions, questions and answers as pictures, or a ValueError: none is dropped in
+    silence.
+    """
     for tokens in (showo(), emu3()):
         with pytest.raises(ValueError):
             call(tokens)
@@ -430,7 +467,9 @@ def test_mismatched_counts(call):
     (lambda t: t.name(999), "no id 999: this tokenizer has 0 to"),
 ])
 def test_what_is_no_sample(tokens, call, message):
-    """Bare strings, unequal numbers, nothing at all, codes that are no integers: ValueError, not a batch of letters."""
+    """Bare strings, unequal numbers, nothing at all, codes that are no integers: ValueError, not
+    a batch of letters.
+    """
     with pytest.raises(ValueError, match=message):
         call(tokens)
 
@@ -449,7 +488,9 @@ def test_unknown_backbone():
 
 
 def test_emu3_needs_words_for_its_header():
-    """A word list without the picture's size fails at once with the missing word, not in the middle of training."""
+    """A word list without the picture's size fails at once with the missing word, not in the
+    middle of training.
+    """
     with pytest.raises(ValueError, match=r"'2\*2'"):
         Tokenizer("emu3", WordText("ab"), Codes(5), (2, 2), 4, system="", assistant="").t2i(["a"], PICTURE)
 
@@ -458,8 +499,9 @@ def test_emu3_needs_words_for_its_header():
 @pytest.mark.parametrize("text", (ByteText(), WordText("a b c 2*2 USER: ASSISTANT:".split())))
 @pytest.mark.parametrize("codec", ("palette", "nearest", "lfq"))
 def test_a_tokenizer_comes_back_from_its_state(backbone, text, codec, tmp_path):
-    """state() survives torch.save with weights_only, and from_state gives the same sequences to the last id and the
-    same codes and pictures, without touching the global generator."""
+    """state() survives torch.save with weights_only, and from_state gives the same sequences to the
+    last id and the same codes and pictures, without touching the global generator.
+    """
     patches = torch.randint(256, (5, 2, 2, 3), dtype=torch.uint8)
     image = Palette(patches) if codec == "palette" else VQ(8, patch=2, width=4, quantizer=codec)
     one = Tokenizer(backbone, text, image, (2, 2), 20, "USER:", "ASSISTANT:")
@@ -496,7 +538,9 @@ def test_a_foreign_codec_cannot_be_stored():
 @pytest.mark.parametrize("backbone", ("showo", "emu3"))
 @given(budget=st.integers(3, 9), data=st.data())
 def test_room_is_what_the_layouts_take(backbone, budget, data):
-    """A sample of room(task) text ids is laid out, question and answer in any proportion; one more is refused."""
+    """A sample of room(task) text ids is laid out, question and answer in any proportion; one
+    more is refused.
+    """
     words = WordText("a b 2*2 USER: ASSISTANT:".split())
     tokenizer = Tokenizer(backbone, words, Codes(5), (2, 2), budget, "USER:", "ASSISTANT:")
     for task in ("t2i", "mmu", "lm"):

@@ -1,4 +1,6 @@
-"""train_toy.py and what it stands on: flags, losses that fall, thresholds, checkpoints, evaluation, pictures."""
+"""train_toy.py and what it stands on: flags, losses that fall, thresholds, checkpoints,
+evaluation, pictures.
+"""
 import json
 from copy import deepcopy
 from dataclasses import replace
@@ -43,7 +45,9 @@ def label_entropy(labels):
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_seconds_of_training_beat_the_label_frequencies(backbone, monkeypatch):
-    """Both losses fall below what label frequencies alone would reach, dense and then routed (a small world)."""
+    """Both losses fall below what label frequencies alone would reach, dense and then routed (a
+    small world).
+    """
     monkeypatch.setattr(toy, "World", lambda: World(max_objects=1, n_colors=2, n_shapes=2, n_held_out=0))
     _, _, sampler, config = setup(backbone)
     model = UnifiedTransformer(config)
@@ -77,8 +81,10 @@ def test_the_toy_presets_are_the_toy_worlds(backbone):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_calibrated_thresholds_realise_the_trained_capacity(backbone, dtype):
-    """On the batches they were set on, causal routing keeps as many predicted tokens as top-k, up to half a group of
-    equal scores (the first layer sees equal tokens as equal); in bf16 too, whose scores tie by the dozen."""
+    """On the batches they were set on, causal routing keeps as many predicted tokens as top-k, up
+    to half a group of equal scores (the first layer sees equal tokens as equal); in bf16 too, whose
+    scores tie by the dozen.
+    """
     _, _, sampler, config = setup(backbone)
     model = UnifiedTransformer(config, Plan({"t2i": (0.5, 0.3), "mmu": (0.7, 1)})).to(dtype)
     for router in model.routers:
@@ -92,7 +98,8 @@ def test_calibrated_thresholds_realise_the_trained_capacity(backbone, dtype):
         for topk, causal in pairs:
             if topk is not None:
                 logits = causal.predictor[asked].float().sort().values
-                apart = (logits.diff() > 1e-4 * (logits[-1] - logits[0])).long().cumsum(0)  # number of its group
+                # number of its group
+                apart = (logits.diff() > 1e-4 * (logits[-1] - logits[0])).long().cumsum(0)
                 ties = apart.bincount().max().item() + 1
                 assert abs(int(topk.selected[asked].sum()) - int(causal.selected[asked].sum())) <= max(1, ties / 2)
     report = predictor_report(model, batches)
@@ -130,9 +137,12 @@ def test_float16_is_not_trained():
 
 
 def test_thresholds_are_the_same_however_many_rows_go_at_once(monkeypatch):
-    """calibrate row by row, as for logits that would not fit, sets what it sets from the whole batch."""
+    """calibrate row by row, as for logits that would not fit, sets what it sets from the whole
+    batch.
+    """
     _, _, sampler, config = setup("showo")
-    model, batches = build(config, Plan({"t2i": (0.5, 0.3), "mmu": (0.7, 1)})), sampler(8, 8)      # float64
+    # float64
+    model, batches = build(config, Plan({"t2i": (0.5, 0.3), "mmu": (0.7, 1)})), sampler(8, 8)
     calibrate(model, batches)
     whole, rows = [threshold.clone() for threshold in model.buffers()], []
     monkeypatch.setattr(predictor, "LOGITS", 1)
@@ -143,8 +153,9 @@ def test_thresholds_are_the_same_however_many_rows_go_at_once(monkeypatch):
 
 @pytest.mark.parametrize("backbone, step", [("emu3", 0), ("showo", 0), ("showo", 1)])
 def test_predictors_never_move_the_model(backbone, step):
-    """Where the router ranks, a training step leaves every other weight at the same bits whatever the predictors are:
-    clipping included."""
+    """Where the router ranks, a training step leaves every other weight at the same bits whatever
+    the predictors are: clipping included.
+    """
     _, _, sampler, config = setup(backbone)
     one = UnifiedTransformer(config, Plan({"t2i": (0.5, 1), "mmu": (0.7, 0.3)}))
     two, batches = deepcopy(one), sampler(4, 4)
@@ -168,7 +179,9 @@ def test_every_other_step_of_the_toy_draws_with_the_predictors_choice():
 
 @pytest.mark.parametrize("training", (False, True))
 def test_looking_at_a_model_does_not_change_its_mode(training):
-    """Drawing, answering, thresholds, reports and ARank run without dropout or gradients, and leave a model training if it was."""
+    """Drawing, answering, thresholds, reports and ARank run without dropout or gradients, and
+    leave a model training if it was.
+    """
     _, tokenizer, sampler, config = setup("showo", attention_dropout=0.5)
     model, batches = UnifiedTransformer(config, Plan({"t2i": (0.5, 1), "mmu": (0.7, 1)})).train(training), sampler(1, 1)
     modes = []
@@ -191,7 +204,9 @@ def test_learning_rate_warms_up_stays_and_falls():
 
 
 def test_a_checkpoint_comes_back_equal(tmp_path):
-    """Logits, plan and extra data survive a save and a load with weights_only; nothing but the file is left behind."""
+    """Logits, plan and extra data survive a save and a load with weights_only; nothing but the
+    file is left behind.
+    """
     _, tokenizer, sampler, config = setup("emu3")
     model = UnifiedTransformer(config, Plan({"t2i": (1, 0.5), "mmu": (0.25, 0)}, shared_router=True))
     save_checkpoint(tmp_path / "m.pt", model, note="kept")
@@ -210,7 +225,9 @@ def test_a_checkpoint_comes_back_equal(tmp_path):
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", "{}"])
 def test_a_foreign_checkpoint_is_refused_by_name(tmp_path, content):
-    """An empty, foreign or wrong file: ValueError with the file's name; a missing one: FileNotFoundError."""
+    """An empty, foreign or wrong file: ValueError with the file's name; a missing one:
+    FileNotFoundError.
+    """
     path = tmp_path / "x.pt"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save({}, path)
     with pytest.raises(ValueError, match="x.pt is not a checkpoint"):
@@ -236,7 +253,9 @@ def test_the_command_line_is_frozen():
     (["--out", "bad/metadata.jsonl"], "error: .*File exists: 'bad/metadata.jsonl'"),
 ])
 def test_what_cannot_be_trained_ends_in_one_line(tmp_path, monkeypatch, arguments, message):
-    """A device, pictures or a place for the results that are not there: one line names it, and nothing is written."""
+    """A device, pictures or a place for the results that are not there: one line names it, and
+    nothing is written.
+    """
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir(), (tmp_path / "bad").mkdir(), (tmp_path / "bad" / "metadata.jsonl").write_text("{")
     before = set(tmp_path.rglob("*"))
@@ -247,7 +266,9 @@ def test_what_cannot_be_trained_ends_in_one_line(tmp_path, monkeypatch, argument
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_a_plan_within_its_budget(method):
-    """unimod, its two variants and mod meet the budget, the others keep their own; dense saves nothing."""
+    """unimod, its two variants and mod meet the budget, the others keep their own; dense saves
+    nothing.
+    """
     _, tokenizer, _, config = setup("emu3")
     table = {"t2i": [0.3, 0.2], "mmu": [0.25, 0.2]}
     lengths = {task: tokenizer.length(task) for task in table}
@@ -271,7 +292,9 @@ def test_results_are_written_before_they_are_shown(tmp_path, monkeypatch):
 
 
 def test_main_runs_end_to_end_and_writes_its_files(tmp_path, monkeypatch, capsys):
-    """Four steps of everything: the four files, the metrics' keys, and a checkpoint that answers."""
+    """Four steps of everything: the four files, the metrics' keys, and a checkpoint that
+    answers.
+    """
     monkeypatch.setattr(toy, "EVAL_SCENES", 14)
     metrics = toy.main(["--backbone", "showo", "--steps", "4", "--out", str(tmp_path), "--device", "cpu"])
     written = json.loads((tmp_path / "metrics.json").read_text())
@@ -315,8 +338,9 @@ def test_judges_say_right_for_right_and_wrong_for_wrong(monkeypatch):
 
 
 class Recorder:
-    """A world that remembers what was sampled from it, and generators that get every plain picture and every plain
-    question on colours right, and of the held-out ones only the pictures."""
+    """A world that remembers what was sampled from it, and generators that get every plain picture
+    and every plain question on colours right, and of the held-out ones only the pictures.
+    """
 
     def __init__(self, world, tokenizer):
         self.world, self.tokenizer, self.samples, self.options, self.codes, self.answers = world, tokenizer, [], [], [], []
@@ -348,8 +372,10 @@ class Recorder:
 
 
 def test_evaluate_counts_what_came_back(monkeypatch):
-    """n scenes of each task, then n / 3 held-out ones, each judged once; the rule and the drawing options reach the
-    generators; every chunk of pictures has a seed of its own; the seed alone decides the scenes."""
+    """n scenes of each task, then n / 3 held-out ones, each judged once; the rule and the drawing
+    options reach the generators; every chunk of pictures has a seed of its own; the seed alone
+    decides the scenes.
+    """
     import unimod_mini.evaluate as module
     world, tokenizer, _, _ = setup("emu3")
 
@@ -393,14 +419,18 @@ def test_pictures_behave_like_a_world():
 
 
 def test_blanks_in_captions_are_no_words():
-    """Answers are words with single blanks between them, so that a caption with more can be answered too."""
+    """Answers are words with single blanks between them, so that a caption with more can be
+    answered too.
+    """
     world = Pictures(torch.zeros(1, 8, 8, 3, dtype=torch.uint8), [" a  red\tcat "])
     text, answer = WordText(world.words), world.sample_mmu(1, Random(0))[0][0].answer
     assert text.decode(text.encode(answer)) == answer == "a red cat"
 
 
 def test_terminal_and_png_show_every_picture(tmp_path, monkeypatch):
-    """A line for two pixel rows, a cell for each pixel; without pillow the pip line is named and nothing is written."""
+    """A line for two pixel rows, a cell for each pixel; without pillow the pip line is named and
+    nothing is written.
+    """
     images = Palette(World().patches).decode(World().sample_t2i(3, Random(0))[1])
     lines = terminal(images, "blocks").split("\n")
     assert len(lines) == 4 and all(line.count("▀") == 3 * 8 for line in lines)
@@ -413,7 +443,9 @@ def test_terminal_and_png_show_every_picture(tmp_path, monkeypatch):
 
 
 def test_thresholds_are_compared_in_full_precision():
-    """A threshold midway between two bf16 logits separates them: rounded to bf16 itself it would equal one of them."""
+    """A threshold midway between two bf16 logits separates them: rounded to bf16 itself it would
+    equal one of them.
+    """
     router = UnifiedTransformer(setup("emu3")[3], Plan({"t2i": (0.5, 0.3), "mmu": (0.7, 1)})).router(0, "t2i")
     low, high = torch.tensor([1.0, 1.0078125], dtype=torch.bfloat16)         # neighbours in bf16
     router.threshold_t2i.fill_((low.float() + high.float()) / 2)
@@ -424,7 +456,9 @@ def test_thresholds_are_compared_in_full_precision():
 
 
 def test_scores_that_are_not_numbers_are_an_error():
-    """A NaN in a predictor would keep nothing for ever after: calibrate refuses it by layer and task."""
+    """A NaN in a predictor would keep nothing for ever after: calibrate refuses it by layer and
+    task.
+    """
     _, _, sampler, config = setup("emu3")
     model = UnifiedTransformer(config, Plan({"t2i": (1, 0.3), "mmu": (1, 1)}))
     model.router(1, "t2i").predictor[0].weight.data.fill_(torch.nan)

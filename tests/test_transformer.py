@@ -1,4 +1,6 @@
-"""transformer.py: masks, positions, the routed forward against its dense masked twin, causality, cache, errors."""
+"""transformer.py: masks, positions, the routed forward against its dense masked twin, causality,
+cache, errors.
+"""
 import itertools
 import math
 from dataclasses import replace
@@ -34,7 +36,10 @@ def membership(out):
 
 
 def layout(config, task, batch, length, seed, padding="none"):
-    """A call with spans in the published places of Show-o: mmu at the front, t2i at the end. emu3: no spans."""
+    """A call with spans in the published places of Show-o: mmu at the front, t2i at the end.
+
+    emu3: no spans.
+    """
     inputs = call(config, batch, length, seed, padding)
     if config.backbone == "showo":
         number, ok = real(inputs).cumsum(1), real(inputs)
@@ -86,7 +91,9 @@ def test_presets_by_name():
 @pytest.mark.parametrize("backbone", BACKBONES)
 @given(plan=plans())
 def test_routers_exist_where_the_plan_needs_them(backbone, plan):
-    """One router for each layer and task with 0 < keep < 1, or one a layer when shared, that all tasks use."""
+    """One router for each layer and task with 0 < keep < 1, or one a layer when shared, that all
+    tasks use.
+    """
     model = UnifiedTransformer(tiny(backbone), plan)
     for layer in range(N_LAYER):
         needed = plan.routed(layer)
@@ -123,7 +130,9 @@ def test_attention_mask_against_a_loop(inputs):
 
 
 def test_rotary_angles():
-    """cos and sin of position x theta^(-2 i / dims), also at the last position of the largest model."""
+    """cos and sin of position x theta^(-2 i / dims), also at the last position of the largest
+    model.
+    """
     rope = rotary(torch.tensor([[0, 3, 700]]), 6, 1e4)
     assert rope.shape == (1, 3, 2, 6)
     for t, position in enumerate((0, 3, 700)):
@@ -178,12 +187,14 @@ def test_default_positions_ignore_left_padding(backbone, plan, task, length, pad
 
 @given(backbones, plans(), tasks, st.integers(1, 9), seeds, st.sampled_from(("topk", "causal")))
 def test_causal_fast_path_equals_the_masked_path(backbone, plan, task, length, seed, rule):
-    """No mask, a mask from `valid`, from explicit positions or from empty spans: the same logits and selection."""
+    """No mask, a mask from `valid`, from explicit positions or from empty spans: the same logits
+    and selection.
+    """
     model = build(tiny(backbone), plan)
     ids = call(model.config, 2, length, seed)["ids"]
     plain, positions = model(ids, task=task, routing=rule), torch.arange(length).expand(2, length)
     others = [dict(positions=positions), dict(valid=torch.ones_like(ids, dtype=torch.bool))]
-    if rule == "topk" or task == "mmu":                    # t2i's causal rule asks where the image is
+    if rule == "topk" or task == "mmu":  # t2i's causal rule asks where the image is
         others.append(dict(spans=torch.zeros_like(ids)))
     for other in others:
         out = model(ids, task=task, routing=rule, **other)
@@ -197,8 +208,10 @@ def test_causal_fast_path_equals_the_masked_path(backbone, plan, task, length, s
 @given(plan=plans(), task=tasks, gate=st.sampled_from(list(GATES)), rule=st.sampled_from(("topk", "causal")),
        qk_norm=st.booleans(), data=st.data())
 def test_dense_masked_twin(backbone, plan, task, gate, rule, qk_norm, data):
-    """The routed forward and all its gradients equal a full-length computation in which unselected tokens are no keys
-    and their update is zero: gathering keeps every token's own position and span. Top-k takes the right tokens."""
+    """The routed forward and all its gradients equal a full-length computation in which unselected
+    tokens are no keys and their update is zero: gathering keeps every token's own position and
+    span. Top-k takes the right tokens.
+    """
     model = build(tiny(backbone, gate=gate, qk_norm=qk_norm), plan)
     inputs = data.draw(calls(model.config))
     out, ok = model(task=task, routing=rule, **inputs), real(inputs)
@@ -224,7 +237,9 @@ def test_dense_masked_twin(backbone, plan, task, gate, rule, qk_norm, data):
 
 @given(plans(), tasks, st.data())
 def test_twin_with_image_positions(plan, task, data):
-    """The n-th image token of a row also gets learned position n, counted from the left, around and around."""
+    """The n-th image token of a row also gets learned position n, counted from the left, around
+    and around.
+    """
     model = build(tiny("showo", image_positions=3), plan)
     inputs = data.draw(calls(model.config, padding="none"))
     out = model(task=task, **inputs)
@@ -232,7 +247,9 @@ def test_twin_with_image_positions(plan, task, data):
 
 
 def test_image_positions_skip_padding():
-    """Padding that happens to hold an image id does not move the image: ids under padding never matter."""
+    """Padding that happens to hold an image id does not move the image: ids under padding never
+    matter.
+    """
     model = build(tiny("emu3", image_positions=5))
     ids, pad = torch.tensor([[3, 20, 21, 22]]), torch.tensor([[25, 25]])
     valid = torch.tensor([[False] * 2 + [True] * 4])
@@ -245,7 +262,9 @@ def test_image_positions_skip_padding():
        length=st.integers(1, 10), seed=seeds, padding=st.sampled_from(("left", "right", "both", "holes")),
        spans=st.booleans())
 def test_row_alone(backbone, plan, task, rule, batch, length, seed, padding, spans):
-    """A row of a padded batch of mixed lengths has the logits and the selection that it has alone, unpadded."""
+    """A row of a padded batch of mixed lengths has the logits and the selection that it has
+    alone, unpadded.
+    """
     model = build(tiny(backbone), plan)
     inputs = call(model.config, batch, length, seed, padding, spans)
     out = model(task=task, routing=rule, **inputs)
@@ -274,8 +293,9 @@ def test_padding_only_row():
 @pytest.mark.parametrize("backbone", BACKBONES)
 @given(plan=plans(), task=tasks, rule=st.sampled_from(("topk", "causal")), data=st.data())
 def test_zero_block_is_the_identity(backbone, plan, task, rule, data):
-    """With zero output weights every block, dense or routed, leaves every token as it was, to the bit: the residual is
-    counted once and never gated, for selected and for skipped tokens."""
+    """With zero output weights every block, dense or routed, leaves every token as it was, to the
+    bit: the residual is counted once and never gated, for selected and for skipped tokens.
+    """
     model = build(tiny(backbone), plan)
     for name, weight in model.named_parameters():
         if ".out." in name or ".down." in name:
@@ -294,7 +314,9 @@ def test_zero_block_is_the_identity(backbone, plan, task, rule, data):
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16))
 @given(gate=st.sampled_from(list(GATES)), data=st.data(), keep=st.sampled_from((ALMOST, .98)), shared=st.booleans())
 def test_fresh_gates_are_the_dense_parent_to_the_bit(backbone, dtype, gate, data, keep, shared):
-    """K = T with fresh routers, through the routed path, equals the dense parent bit for bit: logits and gradients."""
+    """K = T with fresh routers, through the routed path, equals the dense parent bit for bit:
+    logits and gradients.
+    """
     parent = build(tiny(backbone, gate=gate), dtype=dtype)
     inputs = data.draw(calls(parent.config, padding="none"))
     child = parent.with_plan(routed(keep, 1, keep, shared=shared))
@@ -325,7 +347,9 @@ def test_with_plan_keeps_the_mode(training):
 
 
 def test_with_plan_copies_the_weights():
-    """The copy owns its weights, equal to the bit and in the same dtype; routers are fresh; changes reach the config."""
+    """The copy owns its weights, equal to the bit and in the same dtype; routers are fresh;
+    changes reach the config.
+    """
     parent = build(tiny("showo"), routed(.5, .5, 1), dtype=torch.bfloat16)
     child = parent.with_plan(routed(1, .5, 0), gate="linear")
     theirs = dict(child.named_parameters())
@@ -346,7 +370,9 @@ def test_with_plan_names_the_weights_that_do_not_fit(changes):
 
 @given(plans(), tasks, st.integers(1, 12), seeds, backbones)
 def test_static_slots(plan, task, length, seed, backbone):
-    """Under top-k the number of slots depends on keep and length alone; a dense or skipped layer has no routing."""
+    """Under top-k the number of slots depends on keep and length alone; a dense or skipped layer
+    has no routing.
+    """
     model = build(tiny(backbone), plan, dtype=torch.float32)
     for padding in ("none", "left", "holes"):
         out = model(task=task, **call(model.config, 2, length, seed, padding))
@@ -359,7 +385,9 @@ def test_static_slots(plan, task, length, seed, backbone):
 
 
 def test_layers_that_keep_nothing():
-    """keep 0, and a keep that rounds to no slot, leave the stream alone; the second still has a routing."""
+    """keep 0, and a keep that rounds to no slot, leave the stream alone; the second still has a
+    routing.
+    """
     model = build(tiny("emu3"), Plan({"t2i": (0, .04, 0), "mmu": (1, 1, 1)}))
     inputs = call(model.config, 2, 12, 0)
     out = model(task="t2i", **inputs)
@@ -392,7 +420,9 @@ def ends(inputs):
 
 @torch.no_grad()
 def leak(model, task, inputs, cut, rule):
-    """Largest change of a logit at tokens with end(i) <= cut when every token after `cut` is replaced."""
+    """Largest change of a logit at tokens with end(i) <= cut when every token after `cut` is
+    replaced.
+    """
     ids = inputs["ids"].clone()
     ids[:, cut + 1:] = (ids[:, cut + 1:] + 7) % model.config.vocab_size
     before, after = (model(task=task, routing=rule, **inputs | {"ids": new}) for new in (inputs["ids"], ids))
@@ -409,7 +439,9 @@ def leak(model, task, inputs, cut, rule):
 @given(plan=plans(), length=st.integers(1, 12), seed=seeds, padding=st.sampled_from(("none", "left", "right")),
        data=st.data())
 def test_causal_rule_looks_at_no_later_token(backbone, task, plan, length, seed, padding, data):
-    """routing="causal": tokens after end(i) change neither a logit nor a membership at i, in the published layouts."""
+    """routing="causal": tokens after end(i) change neither a logit nor a membership at i, in the
+    published layouts.
+    """
     model = build(tiny(backbone), plan)
     inputs = layout(model.config, task, 2, length, seed, padding)
     assert leak(model, task, inputs, data.draw(st.integers(0, length - 1)), "causal") < 1e-9
@@ -419,14 +451,18 @@ def test_causal_rule_looks_at_no_later_token(backbone, task, plan, length, seed,
 @settings(max_examples=60)
 @given(backbone=backbones, plan=plans(), data=st.data())
 def test_causal_rule_with_spans_anywhere(task, backbone, plan, data):
-    """The same with up to two spans anywhere: text after an image, or a second image, does not reach the first."""
+    """The same with up to two spans anywhere: text after an image, or a second image, does not
+    reach the first.
+    """
     model = build(tiny(backbone), plan)
     inputs = data.draw(calls(model.config, places="default", spans=True, length=st.integers(2, 12)))
     assert leak(model, task, inputs, data.draw(st.integers(0, inputs["ids"].shape[1] - 1)), "causal") < 1e-9
 
 
 def test_text_after_an_image_takes_none_of_its_capacity():
-    """t2i: who is kept inside the span depends on the prompt before it, not on the text behind it."""
+    """t2i: who is kept inside the span depends on the prompt before it, not on the text behind
+    it.
+    """
     model = build(tiny("showo"), routed(.5, .5, .5))
     ids, spans = torch.arange(10)[None] + 10, torch.tensor([[0, 0, 1, 1, 1, 1, 0, 0, 0, 0]])
     others = [torch.cat((ids[:, :6], torch.full((1, 4), other)), 1) for other in range(10)]
@@ -437,7 +473,10 @@ def test_text_after_an_image_takes_none_of_its_capacity():
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_topk_is_not_causal(backbone):
-    """Top-k over a sequence looks at the future: a later token changes an earlier logit. A dense model's does not."""
+    """Top-k over a sequence looks at the future: a later token changes an earlier logit.
+
+    A dense model's does not.
+    """
     inputs = layout(tiny(backbone), "mmu", 4, 12, 0)
     assert leak(build(tiny(backbone), routed(1, .5, .5)), "mmu", inputs, 8, "topk") > 1e-3
     assert leak(build(tiny(backbone)), "mmu", inputs, 8, "topk") < 1e-9
@@ -447,7 +486,9 @@ def test_topk_is_not_causal(backbone):
 
 @torch.no_grad()
 def decode(model, task, inputs, cuts, explicit=True):
-    """Feed the tokens in chunks that end at `cuts` through one cache: logits (B, T, V), membership of each layer."""
+    """Feed the tokens in chunks that end at `cuts` through one cache: logits (B, T, V),
+    membership of each layer.
+    """
     (B, T), outs = inputs["ids"].shape, []
     cache = Cache(model, task, B, T)
     for start, stop in zip([0, *cuts], [*cuts, T]):
@@ -460,7 +501,9 @@ def decode(model, task, inputs, cuts, explicit=True):
 
 
 def test_cache_positions_without_valid():
-    """After a left-padded prefill, default positions go on counting valid tokens when `valid` is left out."""
+    """After a left-padded prefill, default positions go on counting valid tokens when `valid` is
+    left out.
+    """
     model = build(tiny("emu3"), routed(1, .5, 1))
     inputs = call(model.config, 2, 8, 5, "left") | {"valid": torch.arange(8) >= torch.tensor([[3], [1]])}
     logits, _ = decode(model, "mmu", inputs, range(5, 8), explicit=False)
@@ -478,15 +521,18 @@ def test_cache_counts_image_positions():
 
 # ---------------------------------------------------------------- one graph
 
-KINDS = {"t2i": (1, .5, 1, .5, 0), "mmu": (1, 1, .5, .25, 0)}     # every block kind of the paper, and keep 0
+# every block kind of the paper, and keep 0
+KINDS = {"t2i": (1, .5, 1, .5, 0), "mmu": (1, 1, .5, .25, 0)}
 
 
 @pytest.mark.parametrize("backbone, shared, padding, backend", [
     ("showo", False, "none", "aot_eager"), ("emu3", False, "left", "aot_eager"),
     ("showo", True, "left", "eager"), ("emu3", True, "none", "eager")])
 def test_one_graph_under_compile(backbone, shared, padding, backend):
-    """Forward and backward with top-k compile to one graph a task without a break, and a second batch of the same shape
-    compiles nothing: dense, T2I-MoD, MMU-MoD and Shared-MoD layers, a skipped one, routers of their own and shared."""
+    """Forward and backward with top-k compile to one graph a task without a break, and a second
+    batch of the same shape compiles nothing: dense, T2I-MoD, MMU-MoD and Shared-MoD layers, a
+    skipped one, routers of their own and shared.
+    """
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     plan = Plan(KINDS, shared)
@@ -548,7 +594,9 @@ def test_plan_of_another_depth():
 
 @given(st.integers(1, 3), st.sampled_from(((4, 4), (4, 2), (6, 1))), st.booleans(), st.integers(0, 99))
 def test_repeated_keys_are_grouped_keys(batch, heads, masked, seed):
-    """Where a device has no kernel for grouped keys under a mask they are repeated: the same attention."""
+    """Where a device has no kernel for grouped keys under a mask they are repeated: the same
+    attention.
+    """
     torch.manual_seed(seed)
     (H, G), T = heads, 5
     q, k, v = (torch.randn(batch, n, T, 8, dtype=torch.float64) for n in (H, G, G))

@@ -1,8 +1,9 @@
 """Every python block of README.md and tutorials/*.md runs, in order, and prints what the page says.
 
-The ```text block after a ```python block is its output; a python block without one prints nothing. A page runs in an
-empty folder, as if that were the root of the repository. `python tests/test_tutorials.py --rewrite` writes the
-outputs into the pages and what they drew in out/ into tutorials/figures.
+The ```text block after a ```python block is its output; a python block without one prints nothing.
+A page runs in an empty folder, as if that were the root of the repository. `python
+tests/test_tutorials.py --rewrite` writes the outputs into the pages and what they drew in out/ into
+tutorials/figures.
 """
 import codeop
 import contextlib
@@ -22,7 +23,9 @@ NUMBER = re.compile(r"(-?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?)")
 
 
 def differences(expected: str, printed: str) -> list:
-    """Lines that differ: words must be equal, numbers within 1 % or 1e-3; runs of blanks count as one."""
+    """Lines that differ: words must be equal, numbers within 1 % or 1e-3; runs of blanks count
+    as one.
+    """
     a, b = expected.strip().split("\n"), printed.strip().split("\n")
     count = max(len(a), len(b))
     a, b = a + ["(no line)"] * (count - len(a)), b + ["(no line)"] * (count - len(b))
@@ -30,7 +33,8 @@ def differences(expected: str, printed: str) -> list:
 
 
 def same_line(expected: str, printed: str) -> bool:
-    a, b = NUMBER.split(expected), NUMBER.split(printed)                 # words at even places, numbers at odd ones
+    # words at even places, numbers at odd ones
+    a, b = NUMBER.split(expected), NUMBER.split(printed)
     words, numbers = zip(a[::2], b[::2]), zip(a[1::2], b[1::2])
     return (len(a) == len(b) and all(x.split() == y.split() for x, y in words)
             and all(abs(x - y) <= max(0.01 * abs(x), 1e-3)
@@ -43,7 +47,7 @@ def run(text: str, name: str, folder) -> list:
     Path(folder).mkdir(exist_ok=True)
     with contextlib.chdir(folder):
         for match in BLOCK.finditer(text):
-            first_line = text[:match.start(1)].count("\n")               # so that an error names the page's line
+            first_line = text[:match.start(1)].count("\n")  # so that an error names the page's line
             out = io.StringIO()
             with contextlib.redirect_stdout(out):
                 exec(compile("\n" * first_line + match[1], name, "exec"), space)
@@ -63,7 +67,9 @@ def rewritten(text: str, results: list) -> str:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_page(page, tmp_path):
-    """Every block prints what the page says; every figure and every test that the page names is there."""
+    """Every block prints what the page says; every figure and every test that the page names is
+    there.
+    """
     text = page.read_text()
     for match, printed in run(text, page.name, tmp_path):
         line = text[:match.start()].count("\n") + 1
@@ -77,7 +83,9 @@ def test_page(page, tmp_path):
 
 
 def refused(block: str) -> str | None:
-    """What Python's prompt stops at when a block is pasted: a body that no blank line ends, or that has one inside."""
+    """What Python's prompt stops at when a block is pasted: a body that no blank line ends, or
+    that has one inside.
+    """
     compiler, pending = codeop.CommandCompiler(), []
     for line in block.split("\n"):
         pending.append(line)
@@ -111,7 +119,9 @@ def test_what_a_prompt_refuses(block, line):
     ("1,000,000", "1,009,000", True), ("1,000,000", "1,020,000", False), ("t2i 1e-05", "t2i 2e-05", True),
     ("1 2", "1", False), ("2e3", "2.1e3", False), ("nan", "1.0", False), ("#.# 12", "### 12", False)])
 def test_comparison(expected, printed, same):
-    """A wrong word or a number that is 2 % off is a difference; 0.9 %, or 8e-4 near zero, is none."""
+    """A wrong word or a number that is 2 % off is a difference; 0.9 %, or 8e-4 near zero, is
+    none.
+    """
     assert (not differences(expected, printed)) == same
 
 
@@ -119,7 +129,9 @@ PAGE = "# Page\n\n```python\nx = 2\nprint('x', x)\n```\n\n{}words\n\n```python\n
 
 
 def test_run_and_rewrite(tmp_path):
-    """Blocks share a namespace, outputs land after their block and only there, rewriting twice changes nothing."""
+    """Blocks share a namespace, outputs land after their block and only there, rewriting twice
+    changes nothing.
+    """
     for number, output in enumerate(("", "```text\nx 3\n```\n\n")):
         text = PAGE.format(output)
         results = run(text, "page", tmp_path / str(number))

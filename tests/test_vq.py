@@ -139,7 +139,9 @@ def test_nearest_matches_brute_force(n_codes, dim, seed):
 
 @pytest.mark.parametrize("limit", (1, 7, 40, 2**24))
 def test_distances_come_in_pieces(monkeypatch, limit):
-    """However few distances are held at once, the codes are the same: a latent's code depends on it alone."""
+    """However few distances are held at once, the codes are the same: a latent's code depends on
+    it alone.
+    """
     vq = build("nearest").double()
     z = torch.randn(2, 3, 5, vq.dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     whole = (z[..., None, :] - vq.codebook).square().sum(-1).argmin(-1)
@@ -321,7 +323,9 @@ def test_seed_fixes_the_run(quantizer):
 @settings(max_examples=4)
 @given(stop=st.integers(1, 7))
 def test_a_stopped_fit_goes_on_to_the_same_weights(quantizer, stop):
-    """Stopped in any step and begun anew with its file, a training ends with the weights of one that was not stopped."""
+    """Stopped in any step and begun anew with its file, a training ends with the weights of one
+    that was not stopped.
+    """
     images = blocks(8, side=8)
     once = build(quantizer)
     fit_vq(images, once, steps=7, batch=4, progress=False)
@@ -341,7 +345,7 @@ def test_a_stopped_fit_goes_on_to_the_same_weights(quantizer, stop):
         assert state.exists() == (stop > 2)
         twice = build(quantizer)
         fit_vq(images, twice, steps=7, batch=4, progress=False, state=state)
-        assert next(steps) == stop + 7 - (stop - 1) // 2 * 2 + 1             # what was saved is not done again
+        assert next(steps) == stop + 7 - (stop - 1) // 2 * 2 + 1  # what was saved is not done again
     assert all(map(torch.equal, once.state_dict().values(), twice.state_dict().values()))
 
 
@@ -454,7 +458,9 @@ def test_nearest_needs_no_power_of_two():
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_autocast_changes_no_code(quantizer):
-    """Codes and pixels under bf16 autocast, in which generate runs, are those of float32, in which data is prepared."""
+    """Codes and pixels under bf16 autocast, in which generate runs, are those of float32, in
+    which data is prepared.
+    """
     vq, images = build(quantizer), noise(4, 16, 16, 3)
     codes = vq.encode(images)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -1,4 +1,6 @@
-"""unimod_mini: task-aware Mixture-of-Depths for unified multimodal transformers, small enough to read."""
+"""unimod_mini: task-aware Mixture-of-Depths for unified multimodal transformers, small enough to
+read.
+"""
 
 import warnings
 
@@ -22,7 +24,8 @@ from .transformer import UnifiedTransformer
 from .vq import VQ, fit_vq
 from .weights.pretrained import load_pretrained, save_pretrained
 
-# `python -m unimod_mini.generate` runs a module that the lines above have imported; it defines functions alone
+# `python -m unimod_mini.generate` runs a module that the lines above have imported; it defines
+# functions alone
 warnings.filterwarnings("ignore", "'unimod_mini", RuntimeWarning, "runpy")
 
 __version__ = "0.1.0"

@@ -1,7 +1,8 @@
 """Files that are whole or not there: written under a temporary name, read back, then renamed.
 
-What is written can be read: `plain` turns what people have (numpy's numbers, paths, a Plan) into plain data, or says
-which entry it cannot turn, before a byte is written; `save_data` loads its file before the file gets its name.
+What is written can be read: `plain` turns what people have (numpy's numbers, paths, a Plan) into
+plain data, or says which entry it cannot turn, before a byte is written; `save_data` loads its file
+before the file gets its name.
 """
 
 import contextlib
@@ -17,14 +18,18 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-DISK = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)                  # full, over a limit, broken
+DISK = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)  # full, over a limit, broken
 
 
 def plain(x, name: str = "data"):
-    """x as dicts, lists, tuples, numbers, texts and tensors, which every reader knows. ValueError names what is none."""
+    """x as dicts, lists, tuples, numbers, texts and tensors, which every reader knows.
+
+    ValueError names what is none.
+    """
     if x is None or isinstance(x, Tensor):
         return x
-    for kind in (bool, int, float, str, bytes):            # numpy's float64 and str_ are kinds of Python's own
+    # numpy's float64 and str_ are kinds of Python's own
+    for kind in (bool, int, float, str, bytes):
         if isinstance(x, kind):
             return kind(x)
     if isinstance(x, dict):
@@ -46,9 +51,11 @@ def plain(x, name: str = "data"):
 
 @contextlib.contextmanager
 def whole_file(path, mode: str = "w", **options):
-    """A file that is opened as `path`.tmp and takes its name when all is written; text is UTF-8. options: of open.
+    """A file that is opened as `path`.tmp and takes its name when all is written; text is UTF-8.
+    options: of open.
 
-    Its folder is made if need be. When writing fails nothing is left; OSError where the disk is the reason.
+    Its folder is made if need be. When writing fails nothing is left; OSError where the disk is the
+    reason.
     """
     text = {} if "b" in mode else {"encoding": "utf-8", "errors": "backslashreplace"}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -64,8 +71,9 @@ def whole_file(path, mode: str = "w", **options):
 
 
 def disk_trouble(error: BaseException | None) -> str | None:
-    """What the disk has to do with an error: torch raises one of its own behind the OSError, safetensors writes
-    "(os error 28)", numpy counts what was written."""
+    """What the disk has to do with an error: torch raises one of its own behind the OSError,
+    safetensors writes "(os error 28)", numpy counts what was written.
+    """
     while error is not None:
         text = str(error)
         if isinstance(error, OSError) and error.errno in DISK:
@@ -87,7 +95,8 @@ def save_data(path, data: dict) -> None:
     with whole_file(path, "wb") as file:
         torch.save(data, file)
         file.flush()
-        back = torch.load(file.name, "cpu", mmap=True, weights_only=True)    # mmap: the weights' bytes are not copied
+        # mmap: the weights' bytes are not copied
+        back = torch.load(file.name, "cpu", mmap=True, weights_only=True)
         if outline(back) != outline(data):
             raise OSError(f"{path}: what was written is not what is read back: look at the disk")
 

@@ -1,4 +1,6 @@
-"""A finished model in one file: weights, config, plan, precision, and whatever else is plain data."""
+"""A finished model in one file: weights, config, plan, precision, and whatever else is plain
+data.
+"""
 
 import torch
 
@@ -13,7 +15,8 @@ from .transformer import UnifiedTransformer
 def save_checkpoint(path, model: UnifiedTransformer, **extra) -> None:
     """Weights, config, plan, precision and plain `extra` data, for load_checkpoint.
 
-    ValueError, before anything is written, for extra data that is not plain (atomic_files.plain) or takes one of these names.
+    ValueError, before anything is written, for extra data that is not plain (atomic_files.plain) or
+    takes one of these names.
     """
     model = unwrapped(model)
     own = {"model": model.state_dict(), "config": model.config, "plan": model.plan, "precision": model.precision}
@@ -23,19 +26,20 @@ def save_checkpoint(path, model: UnifiedTransformer, **extra) -> None:
 
 
 def load_checkpoint(path, device="cpu", precision: str = "auto") -> tuple[UnifiedTransformer, dict]:
-    """What save_checkpoint wrote -> (model, everything else), in evaluation mode (model.train() trains on).
+    """What save_checkpoint wrote -> (model, everything else), in evaluation mode (model.train()
+    trains on).
 
-    precision: as find_precision takes it; "auto" is the one that the model was trained in. ValueError names the file
-    when it is something else.
+    precision: as find_precision takes it; "auto" is the one that the model was trained in.
+    ValueError names the file when it is something else.
     """
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
-    except Exception as error:                             # torch's own text advises to load it unsafely
+    except Exception as error:  # torch's own text advises to load it unsafely
         raise ValueError(f"{path} is not a checkpoint of unimod_mini: not a file of plain tensors and data") from error
     try:
-        with torch.device("meta"):                         # the file's tensors become the model's, dtype and all
+        with torch.device("meta"):  # the file's tensors become the model's, dtype and all
             model = UnifiedTransformer(ModelConfig(**stored.pop("config")), Plan(**stored.pop("plan")))
         model.load_state_dict(without_wrappers(stored.pop("model")), assign=True)
     except Exception as error:

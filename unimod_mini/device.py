@@ -6,7 +6,10 @@ from .transformer import PRECISIONS
 
 
 def find_device(name: str | None = None) -> torch.device:
-    """The named device, else CUDA, Apple's MPS or the CPU, whichever is there. ValueError when it is not there."""
+    """The named device, else CUDA, Apple's MPS or the CPU, whichever is there.
+
+    ValueError when it is not there.
+    """
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     kind = name.split(":")[0] if name else next(kind for kind, there in here.items() if there)
     try:
@@ -18,10 +21,11 @@ def find_device(name: str | None = None) -> torch.device:
 
 
 def find_precision(name: str, device: torch.device, trained: str = "bf16") -> str:
-    """"float32" or "bf16" as named; for "auto" `trained`, where the hardware multiplies it, else "float32".
+    """"float32" or "bf16" as named; for "auto" `trained`, where the hardware multiplies it, else
+    "float32".
 
-    CUDA devices multiply bf16, and CPUs with AVX512-BF16; other CPUs compute the same by force, only slower.
-    ValueError for another name.
+    CUDA devices multiply bf16, and CPUs with AVX512-BF16; other CPUs compute the same by force,
+    only slower. ValueError for another name.
     """
     if name in PRECISIONS:
         return name

@@ -1,4 +1,5 @@
-"""The command `python -m unimod_mini.generate`: draws prompts, answers questions on a picture, explains.
+"""The command `python -m unimod_mini.generate`: draws prompts, answers questions on a picture,
+explains.
 
 On a checkpoint of the toy world it also says what is right, by the world's exact checker.
 
@@ -75,7 +76,7 @@ def check_arguments(cli, args) -> None:
     idle = {"--top-p": args.top_p} if drawing else {"--guidance": args.guidance, "--steps": args.steps}
     if unread := [name for name, value in idle.items() if value is not None]:
         cli.error(f"{', '.join(unread)}: not for {'pictures' if drawing else 'answers'}")
-    by_chance = args.temperature or (args.temperature is None and drawing)                   # the checkpoint's
+    by_chance = args.temperature or (args.temperature is None and drawing)  # the checkpoint's
     if (args.top_k is not None or args.top_p is not None) and not by_chance:
         cli.error("--top-k and --top-p are about what is drawn by chance: give a --temperature above 0 as well")
 
@@ -96,7 +97,8 @@ def run(args) -> None:
         raise ValueError(f"--out {out}: this model draws pictures, give a name that ends in .png")
     if args.steps is not None and tokenizer.backbone != "showo":
         raise ValueError(f"--steps {args.steps}: {args.checkpoint} draws token by token, leave it out")
-    world = World(**stored["world"]) if stored.get("world") else None        # of the toy: what is right is known
+    # of the toy: what is right is known
+    world = World(**stored["world"]) if stored.get("world") else None
     texts = [read_text(text, world) for text in args.prompt or args.question]
     if args.prompt:
         draw(args, model, tokenizer, world, texts, stored.get("drawing", {}), out.with_suffix(".npy") if codes else out)
@@ -105,8 +107,9 @@ def run(args) -> None:
 
 
 def read_text(text: str, world: World | None) -> str:
-    """A prompt or a question as it is given to the model. ValueError for an empty one, and for words that the toy world
-    does not know."""
+    """A prompt or a question as it is given to the model. ValueError for an empty one, and for
+    words that the toy world does not know.
+    """
     if world is not None:
         return toy_language.tidy(world, text)
     if not text.strip():
@@ -120,7 +123,10 @@ def numbered(path: Path, number: int, count: int) -> Path:
 
 
 def draw(args, model, tokenizer, world, prompts: list, stored: dict, out: Path) -> None:
-    """Every prompt with the same seed: a file each, shown in the terminal. stored: the checkpoint's way of drawing."""
+    """Every prompt with the same seed: a file each, shown in the terminal.
+
+    stored: the checkpoint's way of drawing.
+    """
     given = {"temperature": args.temperature, "guidance": args.guidance, "steps": args.steps, "top_k": args.top_k}
     options = stored | {name: x for name, x in given.items() if x is not None}
     if args.top_k is not None and not options.get("temperature", 1.0):
@@ -159,8 +165,9 @@ def ask(args, model, tokenizer, world, questions: list, out: Path) -> None:
 
 
 def judged(world: World | None, text: str, codes: Tensor, answer: str | None = None) -> str:
-    """What the toy world's exact checker says of a drawing (of codes (1, h, w)), or of an answer on them; "" where it
-    cannot know."""
+    """What the toy world's exact checker says of a drawing (of codes (1, h, w)), or of an answer on
+    them; "" where it cannot know.
+    """
     if world is None:
         return ""
     things, verdict = world.read(codes)[0], ""
@@ -175,7 +182,9 @@ def judged(world: World | None, text: str, codes: Tensor, answer: str | None = N
 
 
 def explain(model, tokenizer, batch, task: str, routing: str, out: Path) -> None:
-    """Prints and writes which tokens of the finished sequence each routed layer kept; skipped patches are faded."""
+    """Prints and writes which tokens of the finished sequence each routed layer kept; skipped
+    patches are faded.
+    """
     batch = batch.to(next(model.parameters()).device)
     pictures, labels, texts = kept_tokens(model, tokenizer, batch, task, routing)
     if not len(pictures):
@@ -191,15 +200,15 @@ def explain(model, tokenizer, batch, task: str, routing: str, out: Path) -> None
 def kept_tokens(model, tokenizer, batch, task: str, routing: str = "causal") -> tuple[Tensor, list, list]:
     """Which tokens of the one sequence in `batch` each routed layer kept.
 
-    Returns the image with the skipped patches faded, (layers, H, W, 3) uint8; a label a layer; and for each layer the
-    text with the kept words in [brackets].
+    Returns the image with the skipped patches faded, (layers, H, W, 3) uint8; a label a layer; and
+    for each layer the text with the kept words in [brackets].
     """
     out = model(**batch.inputs(), task=task, routing=routing)
     ids, pictures, labels, texts, special = batch.ids[0], [], [], [], set(tokenizer.special.values())
     is_code = (ids >= tokenizer.image_start) & (ids < tokenizer.image_end)
     codes = (ids[is_code] - tokenizer.image_start).view(1, *tokenizer.grid).cpu()
     image = tokenizer.image.decode(codes)[0]
-    if image.dim() == 2:                                   # codes, of which nothing can be seen: black patches
+    if image.dim() == 2:  # codes, of which nothing can be seen: black patches
         image = torch.zeros(*image.shape, 3, dtype=torch.uint8)
     for layer, decision in enumerate(out.routing):
         if decision is None:
@@ -207,7 +216,7 @@ def kept_tokens(model, tokenizer, batch, task: str, routing: str = "causal") -> 
         kept = decision.selected[0]
         here = kept[is_code].view(tokenizer.grid).cpu()                                     # (h, w)
         cell = image.shape[0] // tokenizer.grid[0]
-        here = here.repeat_interleave(cell, 0).repeat_interleave(cell, 1)[..., None]       # (H, W, 1)
+        here = here.repeat_interleave(cell, 0).repeat_interleave(cell, 1)[..., None]  # (H, W, 1)
         pictures.append(torch.where(here, image.float(), 255 - DIM * (255 - image.float())).to(torch.uint8))
         labels.append(f"layer {layer}, {routing}: {int(kept[is_code].sum())} of {tokenizer.n_image} patches")
         words = [(tokenizer.name(i), on) for i, on in zip(ids.tolist(), kept.tolist())

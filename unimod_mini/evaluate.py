@@ -1,7 +1,7 @@
 """Free-running accuracy by exact checkers.
 
-A world (shapes.World, data.Pictures) samples prompts and questions and judges what comes back. One sample a prompt,
-no retries; answers are greedy and must match to the word.
+A world (shapes.World, data.Pictures) samples prompts and questions and judges what comes back. One
+sample a prompt, no retries; answers are greedy and must match to the word.
 """
 
 from random import Random
@@ -50,16 +50,20 @@ def by_category(right: list) -> dict:
 
 
 def fresh_scenes(world, n: int, rng: Random, held_out: bool = False) -> tuple:
-    """n prompts, n questions and the codes of their pictures, (n, h, w): what a seed asks of every model."""
+    """n prompts, n questions and the codes of their pictures, (n, h, w): what a seed asks of
+    every model.
+    """
     prompts, _ = world.sample_t2i(n, rng, held_out)
     return prompts, *world.sample_mmu(n, rng, held_out)
 
 
 def evaluate(model, tokenizer, world, routing: str, n: int, seed: int, drawing: dict, label: str = "") -> dict:
-    """n freshly drawn scenes of each task, and n / 3 with a held-out colour-shape pair (composition: both tasks' mean).
+    """n freshly drawn scenes of each task, and n / 3 with a held-out colour-shape pair
+    (composition: both tasks' mean).
 
-    drawing: temperature and steps for generate_image. The same seed gives the same prompts to every model. A small
-    world repeats itself: many captions and pictures occur in training, too (benchmarks/quality.py tells them apart).
+    drawing: temperature and steps for generate_image. The same seed gives the same prompts to every
+    model. A small world repeats itself: many captions and pictures occur in training, too
+    (benchmarks/quality.py tells them apart).
     """
     rng, few = Random(f"evaluate {seed}"), n // 3 if world.held_out else 0
     with progress_bar(total=2 * (n + few), desc=f"{label:<8}", unit="scene", mininterval=1.0) as progress:
@@ -79,6 +83,8 @@ def evaluate(model, tokenizer, world, routing: str, n: int, seed: int, drawing: 
 
 
 def blind_accuracy(world, n: int, seed: int) -> float:
-    """Accuracy of answering every question of `evaluate` with its text's most frequent answer, without the picture."""
+    """Accuracy of answering every question of `evaluate` with its text's most frequent answer,
+    without the picture.
+    """
     answers, (_, questions, _) = blind_answers(world), fresh_scenes(world, n, Random(f"evaluate {seed}"))
     return round(sum(answers.get(q.text) == q.answer for q in questions) / n, 4)

@@ -1,4 +1,5 @@
-"""Pictures as image codes from 0, and back: what a Tokenizer takes as its image codec, beside vq.VQ.
+"""Pictures as image codes from 0, and back: what a Tokenizer takes as its image codec, beside
+vq.VQ.
 
     Palette    the nearest of some fixed patches
     Codes      pictures that are codes already
@@ -14,7 +15,10 @@ from torch import Tensor
 
 
 class Palette:
-    """Image codes are the nearest of n fixed patches, (n, p, p, 3) uint8. Exact for images made of those patches."""
+    """Image codes are the nearest of n fixed patches, (n, p, p, 3) uint8.
+
+    Exact for images made of those patches.
+    """
 
     def __init__(self, patches):
         self.patches = torch.as_tensor(patches, dtype=torch.uint8)
@@ -26,12 +30,18 @@ class Palette:
         self.n_codes, self.patch = shape[:2]
 
     def encode(self, images: Tensor) -> Tensor:
-        """images uint8 (B, H, W, 3) -> codes long (B, H/p, W/p). ValueError when H or W is no multiple of p."""
+        """images uint8 (B, H, W, 3) -> codes long (B, H/p, W/p).
+
+        ValueError when H or W is no multiple of p.
+        """
         vectors = cut_patches(images.to(self.patches.device), self.patch)    # (B, h, w, 3 p p)
         return nearest(vectors.flatten(0, 2), self.patches.flatten(1).float()).view(vectors.shape[:3])
 
     def decode(self, codes: Tensor) -> Tensor:
-        """codes long (B, h, w) -> images uint8 (B, h p, w p, 3). ValueError for a code outside [0, n_codes)."""
+        """codes long (B, h, w) -> images uint8 (B, h p, w p, 3).
+
+        ValueError for a code outside [0, n_codes).
+        """
         check_codes(codes, self.n_codes)
         (B, h, w), p = codes.shape, self.patch
         patches = self.patches[codes.to(self.patches.device)]                # (B, h, w, p, p, 3)
@@ -39,17 +49,20 @@ class Palette:
 
     @classmethod
     def fit(cls, images: Tensor, n_codes: int = 256, patch: int = 2, rounds: int = 10, seed: int = 0) -> "Palette":
-        """k-means on the patches of real images (uint8 (B, H, W, 3)); empty clusters restart at random patches.
+        """k-means on the patches of real images (uint8 (B, H, W, 3)); empty clusters restart at
+        random patches.
 
         ValueError for n_codes or patch below 1, and for images that do not divide into patches.
         """
         if n_codes < 1 or patch < 1:
             raise ValueError(f"Palette.fit: n_codes and patch must be at least 1, got {n_codes} and {patch}")
-        h, w = cut_patches(images[:1], patch).shape[1:3]                     # raises what does not fit
-        patches = images.unflatten(2, (w, patch)).unflatten(1, (h, patch)).transpose(2, 3)   # a view (B, h, w, p, p, 3)
+        h, w = cut_patches(images[:1], patch).shape[1:3]  # raises what does not fit
+        # a view (B, h, w, p, p, 3)
+        patches = images.unflatten(2, (w, patch)).unflatten(1, (h, patch)).transpose(2, 3)
         generator = torch.Generator().manual_seed(seed)
         chosen = torch.randperm(len(images) * h * w, generator=generator)[:50_000]
-        vectors = patches[torch.unravel_index(chosen, patches.shape[:3])].flatten(1).float()           # (M, 3 p p)
+        # (M, 3 p p)
+        vectors = patches[torch.unravel_index(chosen, patches.shape[:3])].flatten(1).float()
         centres = vectors.unique(dim=0)
         centres = centres[torch.randperm(len(centres), generator=generator)[:n_codes]]
         for _ in range(rounds):
@@ -62,8 +75,9 @@ class Palette:
 
 
 class Codes:
-    """Pictures that are codes of a tokenizer which is not here (Show-o's MAGVIT-v2, Emu3's): encode and decode leave
-    them as they are. Pixels are the caller's."""
+    """Pictures that are codes of a tokenizer which is not here (Show-o's MAGVIT-v2, Emu3's): encode
+    and decode leave them as they are. Pixels are the caller's.
+    """
     patch = 1
 
     def __init__(self, n_codes: int):
@@ -72,7 +86,10 @@ class Codes:
         self.n_codes = n_codes
 
     def encode(self, codes: Tensor) -> Tensor:
-        """Integers (B, h, w) -> the same as long. ValueError for pixels and for a code outside [0, n_codes)."""
+        """Integers (B, h, w) -> the same as long.
+
+        ValueError for pixels and for a code outside [0, n_codes).
+        """
         if codes.dim() != 3 or codes.is_floating_point():
             raise ValueError(f"this tokenizer knows pictures as integer codes (B, h, w), got {codes.dtype} "
                              f"{tuple(codes.shape)}: encode pixels with the tokenizer that the codes are of")
@@ -108,14 +125,15 @@ def check_codes(codes: Tensor, n_codes: int) -> None:
 
 
 def load_codes(file, grid: tuple, n_codes: int):
-    """An .npy of integers -> int32 (h, w); (1, h, w), and all h w in one row, are taken as well. ValueError for what is
-    none, has another grid, or codes outside [0, n_codes)."""
+    """An .npy of integers -> int32 (h, w); (1, h, w), and all h w in one row, are taken as well.
+    ValueError for what is none, has another grid, or codes outside [0, n_codes).
+    """
     try:
         codes = np.load(file, allow_pickle=False)
-        sides = [side for side in codes.shape if side != 1]                  # of an .npz: AttributeError
+        sides = [side for side in codes.shape if side != 1]  # of an .npz: AttributeError
     except FileNotFoundError:
         raise
-    except Exception as error:                             # numpy's own text advises to load it unsafely
+    except Exception as error:  # numpy's own text advises to load it unsafely
         raise ValueError(f"no .npy of numbers ({type(error).__name__})") from error
     h, w = grid
     if codes.dtype.kind not in "iu" or codes.size != h * w or sides not in ([n for n in grid if n != 1], [h * w]):

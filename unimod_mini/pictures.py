@@ -17,14 +17,19 @@ RAMP = ".:-=+*#%@"   # from dark to bright
 
 
 def terminal(images: Tensor, how: str | None = None) -> str:
-    """uint8 (B, H, W, 3) -> the pictures side by side, as stdout can show them (how: one of console.shows)."""
+    """uint8 (B, H, W, 3) -> the pictures side by side, as stdout can show them (how: one of
+    console.shows).
+    """
     draw = {"blocks": half_blocks, "blanks": blanks, "letters": letters}[how or shows()]
     return "\n".join(" ".join(row) for row in zip(*map(draw, images)))
 
 
 def half_blocks(image: Tensor) -> list:
-    """(H, W, 3) -> lines of two pixel rows each: the upper pixel is the letter's colour, the lower one is behind it."""
-    even = torch.cat((image, image[len(image) - len(image) % 2:]))           # below an odd last row stands that row again
+    """(H, W, 3) -> lines of two pixel rows each: the upper pixel is the letter's colour, the
+    lower one is behind it.
+    """
+    # below an odd last row stands that row again
+    even = torch.cat((image, image[len(image) - len(image) % 2:]))
     lines = []
     for upper, lower in zip(even[::2].tolist(), even[1::2].tolist()):
         cells = ("\x1b[38;2;{};{};{}m\x1b[48;2;{};{};{}m▀".format(*a, *b) for a, b in zip(upper, lower))
@@ -41,14 +46,20 @@ def blanks(image: Tensor) -> list:
 
 
 def letters(image: Tensor) -> list:
-    """(H, W, 3) -> a line for each pixel row, two letters for a pixel, the fuller the brighter: no colours."""
-    weights = torch.tensor([0.299, 0.587, 0.114], device=image.device)       # of red, green and blue (ITU-R BT.601)
+    """(H, W, 3) -> a line for each pixel row, two letters for a pixel, the fuller the brighter:
+    no colours.
+    """
+    # of red, green and blue (ITU-R BT.601)
+    weights = torch.tensor([0.299, 0.587, 0.114], device=image.device)
     index = (image.float() @ weights * len(RAMP) / 256).long()               # (H, W)
     return ["".join(2 * RAMP[i] for i in row) for row in index.tolist()]
 
 
 def save_png(images: Tensor, captions: list, path, scale: int = 8) -> str:
-    """A sheet of pictures with their captions. Returns what was done; without pillow, the pip line that is missing."""
+    """A sheet of pictures with their captions.
+
+    Returns what was done; without pillow, the pip line that is missing.
+    """
     try:
         Image = pillow()
     except ImportError as error:
@@ -78,7 +89,9 @@ def pillow():
 
 
 def enlarged(image: Tensor, least: int = 96) -> Tensor:
-    """uint8 (H, W, 3) -> every pixel k x k times, k the least number that makes the height `least` pixels."""
+    """uint8 (H, W, 3) -> every pixel k x k times, k the least number that makes the height
+    `least` pixels.
+    """
     k = -(-least // image.shape[0])
     return image.repeat_interleave(k, 0).repeat_interleave(k, 1)
 
@@ -92,24 +105,26 @@ def write_codes(codes: Tensor, path) -> str:
 
 def write_png(image: Tensor, path) -> None:
     """One picture, uint8 (H, W, 3), written to a temporary name and renamed."""
-    picture = pillow().fromarray(image.cpu().numpy())      # before the file: without pillow there is none
+    # before the file: without pillow there is none
+    picture = pillow().fromarray(image.cpu().numpy())
     with whole_file(path, "wb") as file:
         picture.save(file, format="PNG")
 
 
-# --------------------------------------------------------------------------------------------------------------
 # From files
-# --------------------------------------------------------------------------------------------------------------
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # Pillow's reader of PostScript starts a program
+# Pillow's reader of PostScript starts a program
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # at most 8 bits a channel
 
 
 def open_picture(path, name=None, size=None):
-    """A picture (path or open file), upright and on white, as Pillow's RGB; ValueError, naming it, if unreadable. size:
-    a JPEG may come smaller (draft)."""
+    """A picture (path or open file), upright and on white, as Pillow's RGB; ValueError, naming it,
+    if unreadable. size: a JPEG may come smaller (draft).
+    """
     try:
-        from PIL import Image, ImageOps, UnidentifiedImageError  # here, because nothing else needs Pillow
+        # here, because nothing else needs Pillow
+        from PIL import Image, ImageOps, UnidentifiedImageError
     except ImportError:
         raise ImportError('needs pillow: pip install pillow')
     try:
@@ -120,7 +135,8 @@ def open_picture(path, name=None, size=None):
                 draft(file, size)
             with contextlib.suppress(Exception):  # a block that cannot be read says nothing
                 file.getexif()
-            for block in ("exif", "Raw profile type exif"):  # read already; writing it anew may fail at any odd entry
+            # read already; writing it anew may fail at any odd entry
+            for block in ("exif", "Raw profile type exif"):
                 file.info.pop(block, None)
             ImageOps.exif_transpose(file, in_place=True)  # upright, as a viewer shows it
             picture = file.convert("RGBA" if file.has_transparency_data else "RGB")
@@ -130,13 +146,17 @@ def open_picture(path, name=None, size=None):
         raise ValueError(f"{name or path}: cannot be read as a picture (none of {', '.join(FORMATS)})") from error
     except Exception as error:  # Pillow raises OSError, SyntaxError, DecompressionBombError ...
         raise ValueError(f"{name or path}: cannot be read as a picture ({error})") from error
-    if picture.mode == "RGBA":  # white goes under first: the resize must not blend in the colours of transparent pixels
+    # white goes under first: the resize must not blend in the colours of transparent pixels
+    if picture.mode == "RGBA":
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     return picture
 
 
 def read_image(path, size, name=None):
-    """The picture of open_picture fitted into white, (H, W, 3) torch.uint8. size: (H, W), or S for both."""
+    """The picture of open_picture fitted into white, (H, W, 3) torch.uint8.
+
+    size: (H, W), or S for both.
+    """
     height, width = (size, size) if isinstance(size, int) else size
     picture = open_picture(path, name, max(height, width))
     from PIL import Image
@@ -147,15 +167,17 @@ def read_image(path, size, name=None):
     if not (picture.width % across or picture.height % down):
         corners = picture.resize((across, down), Image.Resampling.NEAREST)
         if corners.resize(picture.size, Image.Resampling.NEAREST).tobytes() == picture.tobytes():
-            small = corners  # an exact enlargement, as `generate` writes: bicubic would mix its pixels
+            # an exact enlargement, as `generate` writes: bicubic would mix its pixels
+            small = corners
     canvas = Image.new("RGB", (width, height), "white")
     canvas.paste(small, ((width - across) // 2, (height - down) // 2))
     return torch.frombuffer(bytearray(canvas.tobytes()), dtype=torch.uint8).view(height, width, 3)
 
 
 def draft(file, size):
-    """Has a JPEG decoded at 1/8, 1/4 or 1/2, where that divides the sides and leaves 8 pixels for one: photographs come
-    out within 1 of 255 of what a full decode gives, a few pixels within 3."""
+    """Has a JPEG decoded at 1/8, 1/4 or 1/2, where that divides the sides and leaves 8 pixels for
+    one: photographs come out within 1 of 255 of what a full decode gives, a few pixels within 3.
+    """
     for scale in (8, 4, 2):
         if max(file.size) >= 8 * size * scale and not any(side % scale for side in file.size):
             return file.draft("RGB", tuple(side // scale for side in file.size))

@@ -1,18 +1,20 @@
-"""The toy world: pictures of coloured shapes in named places, captions, questions, and exact checkers.
+"""The toy world: pictures of coloured shapes in named places, captions, questions, and exact
+checkers.
 
-A picture is a grid of places (2 x 2 by default), a place holds at most one object, 4 x 4 pixels large, in a light or a
-dark shade of its colour (so a caption with three objects has eight right drawings). With `margin` 1 an object also
-moves within its place. The image tokenizer's patches are 2 x 2 pixels: 16 tokens a picture by default. Rings and discs
-are made of the same four patches, arranged differently, and so are crosses and diamonds: no token alone gives a shape
-away.
+A picture is a grid of places (2 x 2 by default), a place holds at most one object, 4 x 4 pixels
+large, in a light or a dark shade of its colour (so a caption with three objects has eight right
+drawings). With `margin` 1 an object also moves within its place. The image tokenizer's patches are
+2 x 2 pixels: 16 tokens a picture by default. Rings and discs are made of the same four patches,
+arranged differently, and so are crosses and diamonds: no token alone gives a shape away.
 
-Captions name objects in reading order, as a picture is read (Emu3 draws in that order; in any other, a caption without
-places says little about which of its colours comes first). Any order in a drawing is right.
+Captions name objects in reading order, as a picture is read (Emu3 draws in that order; in any
+other, a caption without places says little about which of its colours comes first). Any order in a
+drawing is right.
 
-Everything is checked exactly: a generated picture is read back place by place, and an answer is right or wrong.
-Some colour-shape pairs are held out of training altogether (`composition`). The prompt categories follow GenEval
-(arXiv 2310.11513). Questions are only asked when they have exactly one right answer ("is there a red ring ?": no, or
-where it is).
+Everything is checked exactly: a generated picture is read back place by place, and an answer is
+right or wrong. Some colour-shape pairs are held out of training altogether (`composition`). The
+prompt categories follow GenEval (arXiv 2310.11513). Questions are only asked when they have exactly
+one right answer ("is there a red ring ?": no, or where it is).
 
 Legend: B batch, P places, h and w patches down and across.
 """
@@ -36,8 +38,10 @@ PLACES = {2: ("top-left", "top-right", "bottom-left", "bottom-right"),
           3: ("top-left", "top", "top-right", "left", "center", "right", "bottom-left", "bottom", "bottom-right")}
 T2I_CATEGORIES = ("one_object", "two_objects", "counting", "colors", "place", "binding", "scene")
 MMU_CATEGORIES = ("color", "shape", "place", "count", "existence", "caption")
-# What training draws and asks: the slowest to learn more often, and captions, which say most about a picture. No
-# question gives a later one of its dialogue away ("where is the red ring ?" would say that there is one).
+# What training draws and asks: the slowest to learn more often, and captions, which say most about
+# a picture. No
+# question gives a later one of its dialogue away ("where is the red ring ?" would say that there is
+# one).
 DRAWN = (*T2I_CATEGORIES, "binding", "binding", "scene")
 DIALOGUES = (("existence", "count"), ("count", "color"), ("caption",), ("place", "count"), ("existence", "count"),
              ("color", "place"), ("caption",), ("existence", "count"), ("count", "place"), ("shape", "color"),
@@ -72,7 +76,8 @@ class World:
     max_objects: int = 3
     n_colors: int = 6
     n_shapes: int = 4
-    margin: int = 0          # 1: a place is one patch wider than its object, which then has four positions in it
+    # 1: a place is one patch wider than its object, which then has four positions in it
+    margin: int = 0
     n_held_out: int = 3      # colour-shape pairs that training never shows
 
     def __post_init__(self):
@@ -87,7 +92,8 @@ class World:
         if not 0 <= self.n_held_out <= min(self.n_colors, self.n_shapes) - 1:
             raise ValueError(f"World: n_held_out must leave every colour and shape in training, got {self.n_held_out}")
         pairs = [(c, s) for c in self.colors for s in self.shapes]
-        held = tuple(zip(self.colors, self.shapes))[:self.n_held_out]      # the diagonal: each colour, shape once
+        # the diagonal: each colour, shape once
+        held = tuple(zip(self.colors, self.shapes))[:self.n_held_out]
         derived = {"pairs": pairs, "held_out": held, "seen": tuple(p for p in pairs if p not in held)}
         derived["patches"], derived["cells"] = self.draw_cells(pairs)
         for name, value in derived.items():
@@ -122,7 +128,9 @@ class World:
 
     @property
     def longest_text(self) -> int:
-        """Words of the longest question with its answer: "describe ?" and every object, or "what color is the .."."""
+        """Words of the longest question with its answer: "describe ?" and every object, or "what
+        color is the ..".
+        """
         return max(7, 2 + 5 * self.max_objects - 1)
 
     @property
@@ -133,10 +141,11 @@ class World:
         numbers = NUMBERS[:self.max_objects + 1]
         return list(dict.fromkeys([*grammar, *self.colors, *self.shapes, *plurals, *numbers, *self.places]))
 
-    # ---------------------------------------------------------------------------------------------- drawing
 
     def draw_cells(self, pairs) -> tuple[np.ndarray, Tensor]:
-        """The distinct patches (n, 2, 2, 3) uint8, patch 0 the background, and codes (1 + pairs, ways, cell, cell)."""
+        """The distinct patches (n, 2, 2, 3) uint8, patch 0 the background, and codes (1 + pairs,
+        ways, cell, cell).
+        """
         n, side = self.cell, self.cell * PATCH
         pixels = np.full((1 + len(pairs), len(self.ways), side, side, 3), BACKGROUND, dtype=np.uint8)
         for number, (color, shape) in enumerate(pairs, start=1):
@@ -145,35 +154,41 @@ class World:
                 pixels[number, way, y:y + OBJECT, x:x + OBJECT][glyph] = np.array(COLORS[color]) * shade
         patches = pixels.reshape(-1, n, PATCH, n, PATCH, 3).swapaxes(2, 3).reshape(-1, PATCH * PATCH * 3)
         unique, first, code = np.unique(patches, axis=0, return_index=True, return_inverse=True)
-        order = first.argsort()                            # by first appearance: the background is code 0
+        order = first.argsort()  # by first appearance: the background is code 0
         codes = order.argsort()[code.reshape(-1)].reshape(1 + len(pairs), len(self.ways), n, n)
         return unique[order].reshape(-1, PATCH, PATCH, 3), torch.from_numpy(codes)
 
     def draw(self, scenes: list, rng: Random) -> Tensor:
-        """Scenes (lists of Thing) -> patch codes (B, h, w) long, every object in a random one of its ways."""
+        """Scenes (lists of Thing) -> patch codes (B, h, w) long, every object in a random one of
+        its ways.
+        """
         kind = torch.zeros(len(scenes), len(self.places), dtype=torch.long)
         for row, things in enumerate(scenes):
             for thing in things:
                 kind[row, self.places.index(thing.place)] = 1 + self.pairs.index((thing.color, thing.shape))
         way = torch.tensor([[rng.randrange(len(self.ways)) for _ in self.places] for _ in scenes], dtype=torch.long)
-        cells = self.cells[kind, way.view(kind.shape)]                               # (B, P, cell, cell)
-        n, side = self.cell, self.side                                       # (B, side, side, cell, cell) -> (B, h, w)
+        cells = self.cells[kind, way.view(kind.shape)]  # (B, P, cell, cell)
+        n, side = self.cell, self.side  # (B, side, side, cell, cell) -> (B, h, w)
         return cells.view(-1, side, side, n, n).transpose(2, 3).reshape(-1, side * n, side * n)
 
     def read(self, codes: Tensor) -> list:
-        """Patch codes (B, h, w) -> for every picture its list of Thing, or None when a place shows no exact object."""
+        """Patch codes (B, h, w) -> for every picture its list of Thing, or None when a place
+        shows no exact object.
+        """
         n, side = self.cell, self.side
         cells = codes.cpu().reshape(-1, side, n, side, n).transpose(2, 3).reshape(-1, side * side, 1, n * n)
-        known = self.cells.reshape(1, 1, -1, n * n)                          # (1, 1, kinds x ways, cell^2)
+        known = self.cells.reshape(1, 1, -1, n * n)  # (1, 1, kinds x ways, cell^2)
         match = (cells == known).all(-1)                                     # (B, P, kinds x ways)
         kind = torch.where(match.any(-1), match.long().argmax(-1) // len(self.ways), -1).tolist()
         return [None if -1 in row else [Thing(*self.pairs[k - 1], place) for k, place in zip(row, self.places) if k]
                 for row in kind]
 
-    # ------------------------------------------------------------------------------------ scenes and prompts
 
     def scene(self, rng: Random, held_out: bool = False, count: int | None = None, pairs=None) -> list:
-        """Things at distinct places, in reading order. held_out: at least one of them is a held-out pair."""
+        """Things at distinct places, in reading order.
+
+        held_out: at least one of them is a held-out pair.
+        """
         if held_out and not self.held_out:
             raise ValueError("this world has no held-out pairs: set n_held_out above 0 or sample with held_out=False")
         count = rng.randint(1, self.max_objects) if count is None else count
@@ -184,7 +199,9 @@ class World:
         return [Thing(*pair, self.places[place]) for place, pair in sorted(zip(places, pairs))]
 
     def alike(self, rng: Random) -> list:
-        """A scene of one shape in different colours: "where is the red ring ?" cannot be answered by the shape."""
+        """A scene of one shape in different colours: "where is the red ring ?" cannot be
+        answered by the shape.
+        """
         shape, most = rng.choice(self.shapes), self.max_objects
         pairs = [pair for pair in self.seen if pair[1] == shape]
         pairs = rng.sample(pairs, min(rng.randint(min(2, most), most), len(pairs)))
@@ -206,7 +223,9 @@ class World:
         return Prompt(text, category, tuple(asked)), things
 
     def sample_t2i(self, n: int, rng: Random, held_out: bool = False, categories=T2I_CATEGORIES):
-        """n prompts, categories in turn, and a picture for each: (list of Prompt, codes (n, h, w))."""
+        """n prompts, categories in turn, and a picture for each: (list of Prompt, codes (n, h,
+        w)).
+        """
         pairs = [self.prompt(categories[i % len(categories)], rng, held_out) for i in range(n)]
         return [prompt for prompt, _ in pairs], self.draw([scene for _, scene in pairs], rng)
 
@@ -214,7 +233,6 @@ class World:
         """Does the picture that was read as `things` show exactly what the prompt asks for?"""
         return things is not None and len(things) == len(prompt.things) and assignable(prompt.things, things)
 
-    # -------------------------------------------------------------------------------------------- questions
 
     def question(self, category: str, things: list, rng: Random) -> Question:
         """A question on this scene with exactly one right answer."""
@@ -235,14 +253,17 @@ class World:
         if category == "existence":
             absent = [pair for pair in self.seen if all(thing[:2] != pair for thing in things)]
             here = unique and (not absent or rng.random() < 0.5)
-            if here or absent:                             # the answer says where: it is learnt with "where is .."
+            if here or absent:  # the answer says where: it is learnt with "where is .."
                 color, shape = target[:2] if here else rng.choice(absent)
                 return Question(f"is there a {color} {shape} ?", category, target.place if here else "no")
-        # "caption", and "place" or "existence" when every object has a twin (and every pair is there)
+        # "caption", and "place" or "existence" when every object has a twin (and every pair is
+        # there)
         return Question("describe ?", "caption", " and ".join(phrase(t) for t in things))
 
     def sample_mmu(self, n: int, rng: Random, held_out: bool = False, categories=MMU_CATEGORIES):
-        """n questions, categories in turn, each on a picture of its own: (list of Question, codes (n, h, w))."""
+        """n questions, categories in turn, each on a picture of its own: (list of Question,
+        codes (n, h, w)).
+        """
         scenes = [self.scene(rng, held_out) for _ in range(n)]
         questions = [self.question(categories[i % len(categories)], scene, rng) for i, scene in enumerate(scenes)]
         return questions, self.draw(scenes, rng)
@@ -254,8 +275,9 @@ class World:
     def sample_dialogues(self, n: int, rng: Random, budget: int):
         """n pictures to train on, DIALOGUES in turn: (list of lists of Question, codes (n, h, w)).
 
-        A question that is over what is left of `budget` (its words, its answer's and two marks a turn) is left out, the
-        first always stays. Nothing follows a caption: it would give the answers away.
+        A question that is over what is left of `budget` (its words, its answer's and two marks a
+        turn) is left out, the first always stays. Nothing follows a caption: it would give the
+        answers away.
         """
         kinds, dialogues = [DIALOGUES[i % len(DIALOGUES)] for i in range(n)], []
         scenes = [self.alike(rng) if {"existence", "place"} & {*kind} and rng.random() < 0.5 else self.scene(rng)
@@ -295,5 +317,7 @@ def commonest_answers(pairs) -> dict:
 
 
 def blind_answers(world: World, n: int = 4000, seed: int = 0) -> dict:
-    """The best answer to every question text without seeing the picture: the most frequent one among n samples."""
+    """The best answer to every question text without seeing the picture: the most frequent one
+    among n samples.
+    """
     return commonest_answers((q.text, q.answer) for q in world.sample_mmu(n, Random(f"blind {seed}"))[0])

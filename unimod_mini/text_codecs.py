@@ -11,7 +11,10 @@ import difflib
 
 
 class WordText:
-    """Ids for a fixed list of words, separated by blanks. decode(encode(x)) is x up to runs of blanks."""
+    """Ids for a fixed list of words, separated by blanks.
+
+    decode(encode(x)) is x up to runs of blanks.
+    """
 
     def __init__(self, words):
         self.words = list(dict.fromkeys(words))
@@ -41,25 +44,30 @@ class ByteText:
         return bytes(i for i in ids if 0 <= i < 256).decode("utf-8", errors="replace")
 
 
-# tokens of Emu3's own vocabulary (baaivision/Emu3, emu3/mllm/tokenization_emu3.py), the first image code among them
+# tokens of Emu3's own vocabulary (baaivision/Emu3, emu3/mllm/tokenization_emu3.py), the first image
+# code among them
 EMU3_TOKENS = {"[PAD]": "<|endoftext|>", "BOS": "<|extra_203|>", "EOS": "<|extra_204|>", "boi": "<|image start|>",
                "img": "<|image token|>", "EOL": "<|extra_200|>", "EOF": "<|extra_201|>", "eoi": "<|image end|>",
                "image codes": "<|visual token 000000|>"}
 
 
 class HFText:
-    """A text tokenizer of Hugging Face as the text codec of a Tokenizer, whose ids are then those that were published.
+    """A text tokenizer of Hugging Face as the text codec of a Tokenizer, whose ids are then those
+    that were published.
 
-        HFText.from_pretrained("microsoft/phi-1_5", "showo")     # or HFText(its tokenizer as it is, no token added, ..)
+        # or HFText(its tokenizer as it is, no token added, ..)
+        HFText.from_pretrained("microsoft/phi-1_5", "showo")
         HFText.from_pretrained("BAAI/Emu3-Chat-hf", "emu3")
 
-    showo: sot and eot are its bos and eos, [PAD], soi .. lvg and the image codes follow behind its last id
-    (showlab/Show-o, training/prompting_utils.py). emu3: all special tokens are among its own, the image codes end it.
-    Raises ValueError for a tokenizer that lacks one of them.
+    showo: sot and eot are its bos and eos, [PAD], soi .. lvg and the image codes follow behind its
+    last id (showlab/Show-o, training/prompting_utils.py). emu3: all special tokens are among its
+    own, the image codes end it. Raises ValueError for a tokenizer that lacks one of them.
     """
-    merges = True                                          # a token may span the end of one text and the next's start
-    # around a question and an answer: what Show-o was tuned on (showlab/Show-o, inference_mmu.py and
-    # llava/llava/conversation.py). Emu3's question stands in its layout; how its answers began is not published
+    merges = True  # a token may span the end of one text and the next's start
+    # around a question and an answer: what Show-o was tuned on (showlab/Show-o, inference_mmu.py
+    # and
+    # llava/llava/conversation.py). Emu3's question stands in its layout; how its answers began is
+    # not published
     chats = {"showo": ("USER: \n{} ASSISTANT:", " {}"), "emu3": ("{}", " {}")}
 
     def __init__(self, tokenizer, backbone: str):
@@ -93,9 +101,11 @@ class HFText:
                                      clean_up_tokenization_spaces=False)
 
     def state(self) -> dict:
-        """Plain data from which `from_state` makes it again: its tokenizer.json and the names of three tokens.
+        """Plain data from which `from_state` makes it again: its tokenizer.json and the names of
+        three tokens.
 
-        The same in every version of Transformers. ValueError for a slow tokenizer, which has no such file.
+        The same in every version of Transformers. ValueError for a slow tokenizer, which has no
+        such file.
         """
         if getattr(self.tokenizer, "backend_tokenizer", None) is None:
             raise ValueError(f"a {type(self.tokenizer).__name__} cannot be stored: take a fast tokenizer")
@@ -115,16 +125,19 @@ class HFText:
 
     @classmethod
     def from_pretrained(cls, name: str, backbone: str) -> "HFText":
-        """By its name (it is downloaded) or from a folder. ValueError when there is none, or an empty one."""
+        """By its name (it is downloaded) or from a folder.
+
+        ValueError when there is none, or an empty one.
+        """
         auto = transformers().AutoTokenizer
         try:
             tokenizer = auto.from_pretrained(name)
         except ImportError:
             raise
-        except Exception as error:                         # OSError, KeyError, the bare Exception of tokenizers ..
+        except Exception as error:  # OSError, KeyError, the bare Exception of tokenizers ..
             raise ValueError(f"{name} is no tokenizer of Hugging Face: {' '.join(str(error).split())}") from None
         text = cls(tokenizer, backbone)
-        if not text.encode("a 16*16"):                     # what Transformers makes of a folder without tokenizer.json
+        if not text.encode("a 16*16"):  # what Transformers makes of a folder without tokenizer.json
             raise ValueError(f"{name} is no tokenizer of Hugging Face: it has no id for a letter")
         return text
 

@@ -91,7 +91,10 @@ class VQ(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """uint8 (B, H, W, 3) -> long (B, h, w); ValueError if images do not fit. Not in autocast: bf16 codes differ."""
+        """uint8 (B, H, W, 3) -> long (B, h, w); ValueError if images do not fit.
+
+        Not in autocast: bf16 codes differ.
+        """
         with torch.autocast(self.codebook.device.type, enabled=False):
             return self.choose(self.encoder(self.pixels(images)).movedim(1, 3))
 

@@ -1,1 +1,3 @@
-"""From the pictures and texts that people have to training samples: readers, `prepare`, token shards."""
+"""From the pictures and texts that people have to training samples: readers, `prepare`, token
+shards.
+"""

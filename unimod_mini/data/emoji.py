@@ -1,7 +1,9 @@
-"""A world of real art: emoji in two styles, alone and in composed scenes, with captions, questions and splits.
+"""A world of real art: emoji in two styles, alone and in composed scenes, with captions, questions
+and splits.
 
-The pictures are Noto Emoji and Twemoji, as the npm packages emoji-datasource-google and -twitter bring them (64 px);
-names, groups and skin tones come from the packages' emoji.json. The art is real, the layout of the scenes is synthetic.
+The pictures are Noto Emoji and Twemoji, as the npm packages emoji-datasource-google and -twitter
+bring them (64 px); names, groups and skin tones come from the packages' emoji.json. The art is
+real, the layout of the scenes is synthetic.
 
     alone                 "a google emoji of woman surfing with dark skin"
     scene of one kind     "a twitter scene of three fox"
@@ -13,10 +15,11 @@ Held out are recombinations of what training shows in other company, each by the
     pair                  two things in one scene, in either order and relation
     count                 a thing, that many times
 
-Departure from other recombination sets: no name is held out altogether. There is one drawing of a concept and style, so
-that an unseen name could not be learnt.
+Departure from other recombination sets: no name is held out altogether. There is one drawing of a
+concept and style, so that an unseen name could not be learnt.
 
-`python -m unimod_mini.data.emoji FOLDER` leaves the pictures of some concepts as files, for `train_toy.py --images FOLDER`.
+`python -m unimod_mini.data.emoji FOLDER` leaves the pictures of some concepts as files, for
+`train_toy.py --images FOLDER`.
 """
 
 import argparse
@@ -39,7 +42,7 @@ from ..pictures import read_image
 from .image_folder import METADATA, read_metadata
 from .readers import Item, share
 
-STYLES, VERSION = ("google", "twitter"), "16.0.0"              # VERSION of the npm packages: the same for both
+STYLES, VERSION = ("google", "twitter"), "16.0.0"  # VERSION of the npm packages: the same for both
 CREDITS = {"google": "Noto Emoji, Google LLC, Apache-2.0, https://apache.org/licenses/LICENSE-2.0",
            "twitter": "Twemoji (Twitter), CC-BY 4.0, https://creativecommons.org/licenses/by/4.0",
            "names": "emoji-datasource (emoji.json), (c) 2013 Cal Henderson, MIT"}
@@ -59,7 +62,9 @@ class Concept(NamedTuple):
 
 
 def plain(name: str) -> str:
-    """Lower-case words without accents and signs: "T-REX" -> "t rex", "Côte d’Ivoire" -> "cote divoire"."""
+    """Lower-case words without accents and signs: "T-REX" -> "t rex", "Côte d’Ivoire" -> "cote
+    divoire".
+    """
     ascii_ = unicodedata.normalize("NFKD", name.lower().replace("&", " and ")).encode("ascii", "ignore").decode()
     return " ".join(re.findall("[a-z0-9]+", ascii_.replace("'", "")))
 
@@ -78,7 +83,9 @@ def read_archives(archives: dict) -> tuple[list, dict]:
 
 
 def choose_concepts(entries: list, files: dict, limit: int | None = None) -> list:
-    """The entries that every style draws, the first of each name; `limit` of them, chosen by a hash of the name."""
+    """The entries that every style draws, the first of each name; `limit` of them, chosen by a
+    hash of the name.
+    """
     concepts = {}
     there = lambda image: all(image in files[style] for style in files)
     for entry in sorted(entries, key=lambda entry: (entry["category"], entry["sort_order"])):
@@ -92,7 +99,9 @@ def choose_concepts(entries: list, files: dict, limit: int | None = None) -> lis
 
 
 def decode_singles(concepts: list, files: dict, size: int) -> dict:
-    """{(name, tone): {style: uint8 (size, size, 3)}}, without those whose pixels another one has in some style."""
+    """{(name, tone): {style: uint8 (size, size, 3)}}, without those whose pixels another one has
+    in some style.
+    """
     seen, pictures = set(), {}
     for concept in progress_bar(concepts, "emoji", unit="concept", disable=len(concepts) < 300):
         for tone, image in concept.images.items():
@@ -110,10 +119,12 @@ def check_size(size: int) -> None:
 
 
 class Emoji:
-    """The data set as a stream of Item (readers.py): first all pictures alone, then `scenes` scenes from a seed.
+    """The data set as a stream of Item (readers.py): first all pictures alone, then `scenes` scenes
+    from a seed.
 
-    archives: {style: .tgz}; size: pixels a side, a multiple of 4; held: share of the recombinations that is held out;
-    limit: how many concepts (None: all). Raises ValueError for another size and for archives without emoji.
+    archives: {style: .tgz}; size: pixels a side, a multiple of 4; held: share of the recombinations
+    that is held out; limit: how many concepts (None: all). Raises ValueError for another size and
+    for archives without emoji.
     """
 
     def __init__(self, archives: dict, size: int = 32, scenes: int = 20_000, held: float = 0.05,
@@ -139,7 +150,6 @@ class Emoji:
         for number in range(self.scenes):
             yield self.scene(number, rng)
 
-    # ------------------------------------------------------------------------------------------- alone
 
     def singles(self):
         """Every concept, tone and style once."""
@@ -152,7 +162,9 @@ class Emoji:
                                single_texts(concept, tone, style), "held" if kind else "train", kind)
 
     def style_held(self, name: str, style: str) -> bool:
-        """Whether this style's rendering of a concept is held out: only where another style shows the concept."""
+        """Whether this style's rendering of a concept is held out: only where another style
+        shows the concept.
+        """
         return len(self.styles) > 1 and style == self.styles[-1] and share("style", name) < self.held
 
     def single_kind(self, name: str, tone: str, style: str, tones: list) -> str:
@@ -162,10 +174,12 @@ class Emoji:
         held_tones = [t for t in tones if t and share("tone", name, t) < self.held]
         return "skin tone x concept" if tone in held_tones and len(held_tones) < len(tones) - 1 else ""
 
-    # ------------------------------------------------------------------------------------------ scenes
 
     def scene(self, number: int, rng: Random) -> Item:
-        """One kind of thing 1 to 4 times, or a pair in a relation. Held-out sprites are in held-out scenes alone."""
+        """One kind of thing 1 to 4 times, or a pair in a relation.
+
+        Held-out sprites are in held-out scenes alone.
+        """
         style = rng.choice(self.styles)
         one, two = rng.sample(self.things, 2)
         many = rng.random() < 0.4
@@ -184,7 +198,7 @@ class Emoji:
     def compose(self, names: list, style: str, relation: str | None, rng: Random):
         """Sprites of half the side on white, without overlap, uint8 (size, size, 3)."""
         half, quarter = self.size // 2, self.size // 4
-        if relation:                                       # first and second; across, they may be up to a quarter apart
+        if relation:  # first and second; across, they may be up to a quarter apart
             corners = [(quarter + rng.randint(-quarter // 2, quarter // 2), x) for x in (0, half)]
             corners = corners if relation == "left of" else [(x, y) for y, x in corners]
         elif len(names) == 1:
@@ -219,7 +233,9 @@ def count_texts(names: list, absent: str, style: str) -> list:
 
 
 def pair_texts(names: list, relation: str, style: str, rng: Random) -> list:
-    """(task, question, answer) of a scene of two things; the question about a side has either thing as its answer."""
+    """(task, question, answer) of a scene of two things; the question about a side has either
+    thing as its answer.
+    """
     first, second = names
     other = {"left of": "right of", "above": "below"}[relation]
     stands = rng.random() < 0.5
@@ -230,9 +246,7 @@ def pair_texts(names: list, relation: str, style: str, rng: Random) -> list:
             ("mmu", f"is {first} {claimed} {second} ?", "yes" if stands else "no")]
 
 
-# --------------------------------------------------------------------------------------------------------------
 # Fetching; a folder of pictures for train_toy.py --images
-# --------------------------------------------------------------------------------------------------------------
 
 def npm_pack(style: str, into) -> Path:
     """Fetch the npm package of a style into the folder `into`; returns the path of the .tgz."""
@@ -244,7 +258,10 @@ def npm_pack(style: str, into) -> Path:
 
 
 def fetch_emoji(folder: Path) -> dict:
-    """{style: .tgz} in this folder, fetched through npm unless they are there. ValueError when npm cannot."""
+    """{style: .tgz} in this folder, fetched through npm unless they are there.
+
+    ValueError when npm cannot.
+    """
     archives = {style: folder / f"{style}-{VERSION}.tgz" for style in STYLES}
     for style, archive in archives.items():
         if not archive.exists():
@@ -262,7 +279,8 @@ def fetch_folder(folder, count: int = 200) -> int:
 
     Raises ValueError, RuntimeError (npm missing), CalledProcessError (npm failed), FileExistsError.
     """
-    folder, ours = Path(folder), {"NOTICE", "NOTICE.tmp", METADATA + ".tmp", *STYLES}   # of a call cut short
+    # of a call cut short
+    folder, ours = Path(folder), {"NOTICE", "NOTICE.tmp", METADATA + ".tmp", *STYLES}
     if count < 1:
         raise ValueError(f"--count must be at least 1, got {count}")
     starts = [f"a {style}" for style in STYLES] * count
@@ -270,14 +288,16 @@ def fetch_folder(folder, count: int = 200) -> int:
         if [text.split(" emoji of ")[0] for _, text in read_metadata(folder)] == starts:
             return len(starts)
     elif {path.name for path in folder.glob("*")} <= ours:
-        with tempfile.TemporaryDirectory() as scratch:                       # 62 and 74 MB, not kept
+        with tempfile.TemporaryDirectory() as scratch:  # 62 and 74 MB, not kept
             write_folder(folder, {style: npm_pack(style, scratch) for style in STYLES}, count)
         return len(starts)
     raise FileExistsError(f"{folder} holds other things: choose a new or an empty folder")
 
 
 def write_folder(folder: Path, archives: dict, count: int) -> None:
-    """`count` concepts of {style: .tgz} as files, things and short names first; the metadata comes last."""
+    """`count` concepts of {style: .tgz} as files, things and short names first; the metadata
+    comes last.
+    """
     entries, files = read_archives(archives)
     concepts = sorted(choose_concepts(entries, files), key=lambda c: (c.group not in THINGS, len(c.name), c.name))
     if count > len(concepts):
@@ -291,7 +311,7 @@ def write_folder(folder: Path, archives: dict, count: int) -> None:
             (folder / name).write_bytes(files[style][concept.images[""]])
             rows.append({"file_name": name, "text": f"a {style} emoji of {concept.name}"})
     write_notice(folder)
-    with whole_file(folder / METADATA) as file:                              # a folder with metadata is complete
+    with whole_file(folder / METADATA) as file:  # a folder with metadata is complete
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 

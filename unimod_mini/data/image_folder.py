@@ -32,17 +32,20 @@ def load_image_folder(folder, size=32, limit=None):
 
 
 class Pictures:
-    """Captioned pictures behind the interface of shapes.World: draw the caption, or describe the picture.
+    """Captioned pictures behind the interface of shapes.World: draw the caption, or describe the
+    picture.
 
-    A drawn picture is right when the nearest training picture (pixels, L2) carries its caption. One picture a
-    caption: this measures what was memorised, there is no held-out split. patches: a k-means palette.
+    A drawn picture is right when the nearest training picture (pixels, L2) carries its caption. One
+    picture a caption: this measures what was memorised, there is no held-out split. patches: a
+    k-means palette.
     """
     held_out = ()
 
     def __init__(self, images, captions, n_codes=256, patch=4):
         if len(images) != len(captions):
             raise ValueError(f"Pictures: one caption a picture, got {len(images)} pictures and {len(captions)} captions")
-        captions = [" ".join(caption.split()) for caption in captions]  # as WordText.decode writes them
+        # as WordText.decode writes them
+        captions = [" ".join(caption.split()) for caption in captions]
         self.captions, palette = captions, Palette.fit(images, n_codes, patch)
         self.patches, self.codes = palette.patches, palette.encode(images)
         self.drawn = palette.decode(self.codes)  # the pictures as the palette can show them
@@ -56,7 +59,9 @@ class Pictures:
         return [Prompt(self.captions[i], "caption", (self.captions[i],)) for i in index], self.codes[index]
 
     def sample_mmu(self, n, rng, held_out=False):
-        """n times "describe ?", the answers, and the pictures: (list of Question, codes (n, h, w))."""
+        """n times "describe ?", the answers, and the pictures: (list of Question, codes (n, h,
+        w)).
+        """
         prompts, codes = self.sample_t2i(n, rng)
         return [Question("describe ?", "caption", prompt.text) for prompt in prompts], codes
 
@@ -68,7 +73,9 @@ class Pictures:
         return [[question] for question in questions], codes
 
     def read(self, codes):
-        """Codes (B, h, w) -> for every picture the caption of the nearest training picture, in a list."""
+        """Codes (B, h, w) -> for every picture the caption of the nearest training picture, in a
+        list.
+        """
         patches = self.patches.float()
         ours, theirs = patches[codes].flatten(1), patches[self.codes].flatten(1)
         return [[self.captions[i]] for i in nearest(ours, theirs)]
@@ -113,7 +120,9 @@ def _parse_line(line, folder, where):
 
 
 def check_row(row, folder, where):
-    """{"file_name": .., "text": ..} as (path, caption); ValueError or FileNotFoundError, beginning with `where`."""
+    """{"file_name": .., "text": ..} as (path, caption); ValueError or FileNotFoundError,
+    beginning with `where`.
+    """
     for key in ("file_name", "text"):
         value = row.get(key) if isinstance(row, dict) else None
         if not isinstance(value, str) or not value.strip():

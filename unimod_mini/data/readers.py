@@ -1,14 +1,15 @@
-"""What people bring: pictures with captions or questions, one reader a format, all behind the same stream.
+"""What people bring: pictures with captions or questions, one reader a format, all behind the same
+stream.
 
     folder with metadata.jsonl     {"file_name": "a/1.jpg", "text": "a sleeping cat"}, one a line (imagefolder)
     folder with captions.csv       the columns file_name and text
     folder of .tar, or one .tar    WebDataset as img2dataset writes it: 000000001.jpg, .txt, .json
     questions.json or .jsonl       LLaVA: {"image": .., "conversations": [{"from": "human", "value": "<image> .."}, ..]}
 
-A picture is an image file or, when codes are asked for, an .npy of integers (h, w), its codes in a tokenizer that is
-not here. A caption gives two samples, draw it and describe it; a conversation gives one sample a turn. Departure from
-the usual: what cannot be used is part of the stream (`Skipped`), so that an entry has the same number whenever it is
-read.
+A picture is an image file or, when codes are asked for, an .npy of integers (h, w), its codes in a
+tokenizer that is not here. A caption gives two samples, draw it and describe it; a conversation
+gives one sample a turn. Departure from the usual: what cannot be used is part of the stream
+(`Skipped`), so that an entry has the same number whenever it is read.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ import hashlib
 import io
 import os
 import tarfile
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,9 +31,9 @@ from .image_folder import METADATA, _parse_line, check_row, parse_json
 
 DESCRIBE = "describe ?"
 QUESTIONS = (".json", ".jsonl")
-SUFFIXES = {False: ("jpg", "jpeg", "png", "webp", "gif", "bmp"), True: ("npy",)}            # True: codes
-ACCEPTED = ("emoji, a folder with metadata.jsonl or captions.csv, a folder of .tar files, a .tar file, or a LLaVA "
-            ".json or .jsonl of questions")
+SUFFIXES = {False: ("jpg", "jpeg", "png", "webp", "gif", "bmp"), True: ("npy",)}   # True: codes
+ACCEPTED = ("emoji, a folder with metadata.jsonl or captions.csv, a folder of .tar files, a .tar "
+            "file, or a LLaVA .json or .jsonl of questions")
 
 
 class Slice(NamedTuple):
@@ -67,14 +69,18 @@ def captioned(key: str, picture, text: str) -> Item:
 
 
 def read_source(source: str, image_root: str | None = None, codes: bool = False):
-    """The stream of a source: an iterator of Item and Skipped. ValueError or FileNotFoundError when it is no source."""
+    """The stream of a source: an iterator of Item and Skipped.
+
+    ValueError or FileNotFoundError when it is no source.
+    """
     path = Path(source)
     if path.is_dir():
-        for name, reader in ((METADATA, image_folder), ("captions.csv", captions_csv)):
-            if (path / name).is_file():
-                return reader(path)
+        if (path / METADATA).is_file():
+            return image_folder(path)
+        if (path / "captions.csv").is_file():
+            return captions_csv(path)
         if tars := sorted(path.glob("*.tar")):
-            return (entry for tar in tars for entry in webdataset(tar, codes))
+            return chain.from_iterable(webdataset(tar, codes) for tar in tars)
     elif not path.exists():
         raise FileNotFoundError(f"{source} does not exist; a source is {ACCEPTED}")
     elif path.suffix == ".tar":
@@ -106,7 +112,7 @@ def source_files(sources: list, image_root: str | None, out):
     for root in roots:
         if root.is_file():
             yield root.name, root.stat()
-        for folder, folders, names in os.walk(root, followlinks=True):       # of a file: nothing
+        for folder, folders, names in os.walk(root, followlinks=True):
             real, inside = os.path.realpath(folder), os.path.relpath(folder, root)
             if real in seen:
                 folders.clear()                            # no deeper
@@ -131,8 +137,9 @@ def rows_of(rows, folder: Path, check):
 
 def image_folder(folder: Path):
     """metadata.jsonl, line by line."""
-    with open(folder / METADATA, "rb") as file:            # bytes: a caption may hold U+2028, which is no end of a line
-        lines = ((f"{METADATA}, line {n}", line) for n, line in enumerate(file, start=1) if line.strip())
+    with open(folder / METADATA, "rb") as file:            # bytes: U+2028 ends no line of JSON
+        lines = ((f"{METADATA}, line {number}", line)
+                 for number, line in enumerate(file, start=1) if line.strip())
         yield from rows_of(lines, folder, _parse_line)
 
 
@@ -140,26 +147,27 @@ def csv_row(row: dict, folder: Path, where: str):
     """check_row, and ValueError for what a table has that no JSON has."""
     if isinstance(row, csv.Error):
         raise ValueError(f"cannot be read ({row})")
-    if more := ",".join(row.get(None, ())).rstrip(","):                      # commas alone are empty columns
-        raise ValueError(f"more columns than the first line names, from {cut(repr(more))} on: a text with commas needs "
-                         "quotes")
+    if more := ",".join(row.get(None, ())).rstrip(","):    # commas alone are empty columns
+        raise ValueError(f"more columns than the first line names, from {cut(repr(more))} on: a "
+                         "text with commas needs quotes")
     path, text = check_row(row, folder, where)
-    if any("\udc80" <= letter <= "\udcff" for letter in text):              # surrogateescape
+    if any("\udc80" <= letter <= "\udcff" for letter in text):         # surrogateescape
         raise ValueError(f"not UTF-8: {cut(ascii(text))}; save the table as UTF-8")
     return path, text
 
 
 def captions_csv(folder: Path):
     """captions.csv, row by row; ValueError when the columns are not named."""
-    with open(folder / "captions.csv", newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        table = csv.DictReader(file, strict=True)          # strict: an odd quote is an error, not a garbled caption
+    path = folder / "captions.csv"
+    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        table = csv.DictReader(file, strict=True)          # strict: no caption garbled by a quote
         try:
-            names = table.fieldnames
+            names = table.fieldnames or []
         except csv.Error as error:
-            names = error
-        if isinstance(names, csv.Error) or not {"file_name", "text"} <= set(names or ()):
-            raise ValueError(f"{folder / 'captions.csv'}: the first line must name the columns file_name and text, "
-                             f"it has {cut(str(names))}")
+            names = [str(error)]
+        if not {"file_name", "text"} <= set(names):
+            raise ValueError(f"{path}: the first line must name the columns file_name and text, it "
+                             f"has {cut(str(names))}")
         yield from rows_of(csv_rows(table), folder, csv_row)
 
 
@@ -256,30 +264,41 @@ def tar_gap(file, start: int, stop: int):
 
 def tar_sample(tar: Path, archive, key: str, parts: dict, codes: bool):
     """{suffix: part} -> Item or Skipped. The caption is the .txt, else "caption" in the .json."""
-    if why := next((part for part in parts.values() if isinstance(part, str)), ""):
-        return Skipped(key, why)
-    picture = next((parts[suffix] for suffix in SUFFIXES[codes] if suffix in parts), None)
-    if picture is None:
+    for part in parts.values():
+        if isinstance(part, str):
+            return Skipped(key, part)
+    pictures = [parts[suffix] for suffix in SUFFIXES[codes] if suffix in parts]
+    if not pictures:
         return Skipped(key, f"no picture among .{', .'.join(parts)}")
-    read = lambda suffix: archive.extractfile(parts[suffix]).read()
     try:
-        text = read("txt").decode("utf-8-sig") if "txt" in parts else ""
-    except UnicodeDecodeError:
-        return Skipped(key, "its .txt is not UTF-8")
+        text = tar_caption(archive, parts)
+    except ValueError as error:
+        return Skipped(key, str(error))
+    return captioned(key, Slice(tar, pictures[0].offset_data, pictures[0].size), text)
+
+
+def tar_caption(archive, parts: dict) -> str:
+    """ValueError says why there is none."""
+    text = ""
+    if "txt" in parts:
+        try:
+            text = archive.extractfile(parts["txt"]).read().decode("utf-8-sig")
+        except UnicodeDecodeError:
+            raise ValueError("its .txt is not UTF-8") from None
     if not text.strip() and "json" in parts:
         try:
-            text = parse_json(read("json")).get("caption") or ""
+            text = parse_json(archive.extractfile(parts["json"]).read()).get("caption") or ""
         except (ValueError, AttributeError):
-            return Skipped(key, "its .json is no JSON object")
-        if not isinstance(text, str):
-            return Skipped(key, f'the "caption" in its .json must be a text, not {cut(repr(text))}')
+            raise ValueError("its .json is no JSON object") from None
+    if not isinstance(text, str):
+        raise ValueError(f'the "caption" in its .json must be a text, not {cut(repr(text))}')
     if not text.strip():
-        return Skipped(key, "no caption")
-    return captioned(key, Slice(tar, picture.offset_data, picture.size), text)
+        raise ValueError("no caption")
+    return text
 
 
 def conversations(path: Path, root: Path):
-    """LLaVA's questions; pictures are looked for in `root`. ValueError when the file is no list of objects."""
+    """LLaVA's questions; pictures are looked for in `root`. ValueError when it is no list."""
     if path.suffix == ".jsonl":
         with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
@@ -291,7 +310,8 @@ def conversations(path: Path, root: Path):
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error})") from error
     if not isinstance(entries, list):
-        raise ValueError(f"{path} must hold a list of conversations, it holds a {type(entries).__name__}")
+        raise ValueError(f"{path} must hold a list of conversations, it holds a "
+                         f"{type(entries).__name__}")
     for number, entry in enumerate(entries):
         yield conversation(entry, root, f"{path.name}, entry {number}")
 
@@ -301,18 +321,20 @@ def conversation(entry, root: Path, where: str):
     try:
         entry = parse_json(entry) if isinstance(entry, bytes) else entry
         picture, _ = check_row({"file_name": entry.get("image"), "text": "-"}, root, where)
-        said = [(str(turn["from"]), turn["value"].replace("<image>", "").strip()) for turn in entry["conversations"]]
+        speakers = [str(turn["from"]) for turn in entry["conversations"]]
+        said = [turn["value"].replace("<image>", "").strip() for turn in entry["conversations"]]
     except (ValueError, FileNotFoundError) as error:
-        return Skipped(where, f"{error}".removeprefix(f"{where}: ").replace('"file_name"', '"image"'))
+        why = str(error).removeprefix(f"{where}: ").replace('"file_name"', '"image"')
+        return Skipped(where, why)
     except (LookupError, TypeError, AttributeError):
         return Skipped(where, 'needs "conversations", a list of {"from": .., "value": text}')
-    asked, answered = said[::2], said[1::2]
-    fits = {who for who, _ in asked} <= {"human", "user"} and {who for who, _ in answered} <= {"gpt", "assistant"}
-    if not said or len(said) % 2 or not fits:
-        return Skipped(where, f"turns must go human, gpt, human, gpt: not {cut(', '.join(who for who, _ in said))}")
-    if not all(answer for _, answer in answered):
+    in_turns = {*speakers[::2]} <= {"human", "user"} and {*speakers[1::2]} <= {"gpt", "assistant"}
+    if not said or len(said) % 2 or not in_turns:
+        return Skipped(where, "turns must go human, gpt, human, gpt: not "
+                              f"{cut(', '.join(speakers))}")
+    if not all(said[1::2]):
         return Skipped(where, "an answer is empty")
-    texts = [("mmu", question, answer) for (_, question), (_, answer) in zip(asked, answered)]
+    texts = [("mmu", *turn) for turn in zip(said[::2], said[1::2])]
     return Item(picture.relative_to(root).as_posix(), picture, texts)
 
 
@@ -322,7 +344,7 @@ def picture_type(size: int, n_codes: int | None) -> tuple:
 
 
 def decode(job):
-    """(item, size, n_codes) -> the bytes of its picture (picture_type), or a text that says why there is none."""
+    """(item, size, n_codes) -> the bytes of its picture (picture_type), or why there is none."""
     (key, picture, *_), size, n_codes = job
     if not isinstance(picture, (Path, Slice)):
         return picture.tobytes()

@@ -130,7 +130,10 @@ def write_task(folder: Path, tokenizer: Tokenizer, digest: str, split: str, task
 
 
 def write_shard(path: Path, header: dict, rows) -> int:
-    """Records and their header, completed by their number and hash -> a file. Returns the number."""
+    """Records and their header, completed by their number and hash -> a file.
+
+    Returns the number.
+    """
     digest = hashlib.sha256()
     with whole_file(path, "wb", buffering=PIECE) as file:
         file.write(b" " * HEADER)

@@ -1,11 +1,13 @@
-"""The working folder of prepare.py: pictures as they were decoded, in chunks that are finished or not there.
+"""The working folder of prepare.py: pictures as they were decoded, in chunks that are finished or
+not there.
 
     records-000000.jsonl   one line an entry of the source; written last, it marks the chunk as finished
     pixels-000000.npy      uint8 (m, S, S, 3), the pictures that no entry before had; int32 (m, h, w) if they are codes
     codes-000000.npy       uint16 or int32 (m, h, w), the same pictures as the codec encodes them
 
-A record is {"key", "skipped": why} or {"key", "picture": number, "pixels": hash, "split", "kind", "texts": [[task,
-question, answer], ..]}. Reading goes on behind the last finished chunk, with what the finished ones have seen.
+A record is {"key", "skipped": why} or {"key", "picture": number, "pixels": hash, "split", "kind",
+"texts": [[task, question, answer], ..]}. Reading goes on behind the last finished chunk, with what
+the finished ones have seen.
 
 Legend: m pictures in a chunk, S pixels a side, h and w rows and columns of image codes.
 """
@@ -36,11 +38,14 @@ OPEN = 64                          # arrays that are kept open, a file descripto
 
 @contextlib.contextmanager
 def pool_map(workers: int):
-    """map over processes, for a list of jobs at a time; in this process for one worker. ValueError if one is killed."""
+    """map over processes, for a list of jobs at a time; in this process for one worker.
+
+    ValueError if one is killed.
+    """
     if workers == 1:
         yield map
         return
-    context = multiprocessing.get_context("spawn")         # a fork would copy torch's threads in any state
+    context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads in any state
     pool = ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
     try:
         yield partial(pool.map, chunksize=16)
@@ -56,7 +61,7 @@ class Chunks:
 
     def __init__(self, folder: Path):
         self.folder, self.open = folder, {}                # open: (kind, chunk) -> memmap
-        self.starts = [0]                                  # number of the first picture of each chunk, and of the next
+        self.starts = [0]  # number of the first picture of each chunk, and of the next
         while self.path("records", len(self.starts) - 1).exists():
             self.starts.append(self.starts[-1] + len(self.array("pixels", len(self.starts) - 1)))
 
@@ -98,7 +103,10 @@ class Chunks:
             np.save(file, array)
 
     def pass_over(self, entries) -> None:
-        """Takes from an iterator the entries that are finished. ValueError when others were read before."""
+        """Takes from an iterator the entries that are finished.
+
+        ValueError when others were read before.
+        """
         for record in self.records():
             entry = next(entries, None)
             there = getattr(entry, "texts", [])
@@ -109,8 +117,10 @@ class Chunks:
                                  f"{now}: --changed anew begins again, or choose another folder")
 
     def read(self, entries, size: int, held: float, workers: int, n_codes: int | None = None) -> None:
-        """Entries (readers.py) -> the chunks that are missing. held: share of the pictures that is held out, where an
-        entry does not say itself on which side it is; n_codes: pictures are codes below this, None: pixels."""
+        """Entries (readers.py) -> the chunks that are missing. held: share of the pictures that is
+        held out, where an entry does not say itself on which side it is; n_codes: pictures are
+        codes below this, None: pixels.
+        """
         dtype, shape = picture_type(size, n_codes)
         memory = Memory(self, held)
         self.pass_over(entries)
@@ -139,14 +149,16 @@ class Memory:
     """Which pictures and which texts of them have been seen: about 200 bytes a sample."""
 
     def __init__(self, chunks: Chunks, held: float):
-        self.held, self.pictures, self.texts = held, {}, set()               # pictures: hash -> (number, split)
+        self.held, self.pictures, self.texts = held, {}, set()  # pictures: hash -> (number, split)
         for record in chunks.used():
             self.pictures.setdefault(record["pixels"], (record["picture"], record["split"]))
             self.texts.update(hash((record["pixels"], *text)) for text in record["texts"])
 
     def record(self, item: Item, picture: bytes, start: int, pixels: list) -> dict:
-        """What is kept of an item. Its picture is added to `pixels`, the chunk that begins with number `start`, unless
-        it was seen before: then it keeps its number and its split, and gets the new texts alone."""
+        """What is kept of an item. Its picture is added to `pixels`, the chunk that begins with
+        number `start`, unless it was seen before: then it keeps its number and its split, and gets
+        the new texts alone.
+        """
         digest = hashlib.sha256(picture).hexdigest()[:32]
         if digest not in self.pictures:
             split = item.split or ("held" if share("split", item.key) < self.held else "train")

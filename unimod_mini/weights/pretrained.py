@@ -1,16 +1,20 @@
-"""Hugging Face checkpoints of Phi, Show-o, Llama and Emu3 (whose weights have Llama's names), in and out.
+"""Hugging Face checkpoints of Phi, Show-o, Llama and Emu3 (whose weights have Llama's names), in
+and out.
 
-    model = load_pretrained("folder")          # dense: layer_switch -> model.with_plan(plan) -> train
-    save_pretrained(model, "another")          # transformers loads it as the dense model, load_pretrained as the routed
+    model = load_pretrained("folder")  # dense: layer_switch -> model.with_plan(plan) -> train
+    # transformers loads it as the dense model, load_pretrained as the routed
+    save_pretrained(model, "another")
 
-What Hugging Face has no name for, the plan, routers, predictors and thresholds, lies beside its files in unimod.json
-and unimod.safetensors. What the two sides call differently is said once, in NAMES and FIELDS, and read in both
-directions. What this code cannot compute is refused: loading never returns another function than the file's.
+What Hugging Face has no name for, the plan, routers, predictors and thresholds, lies beside its
+files in unimod.json and unimod.safetensors. What the two sides call differently is said once, in
+NAMES and FIELDS, and read in both directions. What this code cannot compute is refused: loading
+never returns another function than the file's.
 
 Their texts and pictures as ids: codec.HFText and codec.Codes.
 
-Sources: transformers 5.24 (models/phi, llama, emu3), showlab/Show-o (models/modeling_showo.py, phi.py) and
-baaivision/Emu3 (emu3/mllm/configuration_emu3.py). Legend: ours, our state dict and ModelConfig; theirs, Hugging Face's.
+Sources: transformers 5.24 (models/phi, llama, emu3), showlab/Show-o (models/modeling_showo.py,
+phi.py) and baaivision/Emu3 (emu3/mllm/configuration_emu3.py). Legend: ours, our state dict and
+ModelConfig; theirs, Hugging Face's.
 """
 
 import json
@@ -27,9 +31,7 @@ from ..plan import Plan
 from ..inference import WRAPPERS, unwrapped
 from ..transformer import UnifiedTransformer
 
-# --------------------------------------------------------------------------------------------------------------
 # Two vocabularies
-# --------------------------------------------------------------------------------------------------------------
 
 BOTH = {"embed": "model.embed_tokens", "head": "lm_head", "N.norm": "N.input_layernorm",
         "N.attention.q": "N.self_attn.q_proj", "N.attention.k": "N.self_attn.k_proj",
@@ -41,17 +43,21 @@ NAMES = {          # modules, ours: theirs; N is blocks.0 and model.layers.0 ..;
     "emu3": BOTH | {"norm": "model.norm", "N.attention.out": "N.self_attn.o_proj",
                     "N.norm_mlp": "N.post_attention_layernorm", "N.mlp.gate": "N.mlp.gate_proj",
                     "N.mlp.up": "N.mlp.up_proj", "N.mlp.down": "N.mlp.down_proj"}}
-# where a language model is nested: in Show-o; in Emu3ForConditionalGeneration on disk; the same in memory
+# where a language model is nested: in Show-o; in Emu3ForConditionalGeneration on disk; the same in
+# memory
 NESTED = re.compile(r"^showo\.|^text_model\.(?=model\.|lm_head\.)|(?<=^model\.)text_model\.")
-IGNORED = re.compile(r"^(model\.)?vqmodel\.|\.rotary_emb\.inv_freq$")            # Emu3's image tokenizer; a constant
+# Emu3's image tokenizer; a constant
+IGNORED = re.compile(r"^(model\.)?vqmodel\.|\.rotary_emb\.inv_freq$")
 
 FIELDS = {         # ModelConfig: config.json; the rotary fields lie at its top or in rope_parameters
     "n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads",
     "d_model": "hidden_size", "d_ff": "intermediate_size", "vocab_size": "vocab_size",
     "max_length": "max_position_embeddings", "attention_dropout": "attention_dropout", "rope_theta": "rope_theta",
     "rope_fraction": "partial_rotary_factor", "qk_norm": "qk_layernorm"}
-OUR_FIELDS = ("image_start", "gate", "membership", "predictor_width")            # unimod.json has these, and the plan
-ARCHITECTURES = {"showo": ("phi", "PhiForCausalLM"), "emu3": ("llama", "LlamaForCausalLM")}  # what we write
+# unimod.json has these, and the plan
+OUR_FIELDS = ("image_start", "gate", "membership", "predictor_width")
+# what we write
+ARCHITECTURES = {"showo": ("phi", "PhiForCausalLM"), "emu3": ("llama", "LlamaForCausalLM")}
 
 ANY = {"tie_word_embeddings": (False,), "rope_type": (None, "default"), "type": (None, "default"),
        "sliding_window": (None,), "quantization_config": (None,), "image_positions": (None, 0)}  # the last is ours
@@ -62,7 +68,8 @@ SUPPORTED = {      # what a field must be where it is set, in both directions; t
 
 LLAMA = {"rope_theta": 1e4, "partial_rotary_factor": 1.0, "qk_layernorm": False, "attention_dropout": 0.0,
          "rms_norm_eps": 1e-6}
-# Emu3Config's own defaults are Emu3's sizes, and a text_config on disk may hold no more than what differs from them
+# Emu3Config's own defaults are Emu3's sizes, and a text_config on disk may hold no more than what
+# differs from them
 EMU3 = {theirs: getattr(PRESETS["emu3-8b"], ours) for ours, theirs in FIELDS.items()}
 MODEL_TYPES = {    # model_type: our backbone, and what an absent field means
     "phi": ("showo", LLAMA | {"partial_rotary_factor": 0.5}), "llama": ("emu3", LLAMA),
@@ -77,19 +84,22 @@ def their_names(model: UnifiedTransformer) -> dict:
     return {f"{modules.get(module, module)}.{kind}": f"{module}.{kind}" for module, _, kind in parts}
 
 
-# --------------------------------------------------------------------------------------------------------------
 # config.json
-# --------------------------------------------------------------------------------------------------------------
 
 def check_supported(backbone: str, given: dict, **more) -> None:
-    """ValueError for a field with another value than those of SUPPORTED and `more`; None is not set."""
+    """ValueError for a field with another value than those of SUPPORTED and `more`; None is not
+    set.
+    """
     for field, values in (SUPPORTED[backbone] | more).items():
         if given.get(field) not in (None, *values):
             raise ValueError(f"{field} is {given[field]!r}, supported: {' or '.join(map(repr, values))}")
 
 
 def config_to_hf(config: ModelConfig) -> dict:
-    """The fields of config.json, for old and new versions. ValueError names one that Hugging Face cannot express."""
+    """The fields of config.json, for old and new versions.
+
+    ValueError names one that Hugging Face cannot express.
+    """
     model_type, architecture = ARCHITECTURES[config.backbone]
     fields = {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()}
     check_supported(config.backbone, fields | {"image_positions": config.image_positions})
@@ -100,14 +110,16 @@ def config_to_hf(config: ModelConfig) -> dict:
 
 
 def config_from_hf(config: dict) -> ModelConfig:
-    """config.json -> ModelConfig. ValueError names a missing field, or one whose value this code cannot compute.
+    """config.json -> ModelConfig. ValueError names a missing field, or one whose value this code
+    cannot compute.
 
-    Dropout: attention_dropout is kept; Phi's resid_pdrop and embd_pdrop are not, nor Emu3's of the residual branches.
+    Dropout: attention_dropout is kept; Phi's resid_pdrop and embd_pdrop are not, nor Emu3's of the
+    residual branches.
     """
     if "llm_vocab_size" in config:
         return showo_config(config)
     kind = config.get("model_type")
-    if kind == "emu3":                                     # Emu3ForConditionalGeneration nests the language model
+    if kind == "emu3":  # Emu3ForConditionalGeneration nests the language model
         return config_from_hf(config | (config.get("text_config") or {}) | {"model_type": "emu3_text_model"})
     if kind not in MODEL_TYPES:
         raise ValueError(f"model_type is {kind!r}, supported: {', '.join(MODEL_TYPES)}, emu3, and Show-o's config.json")
@@ -125,7 +137,8 @@ def config_from_hf(config: dict) -> ModelConfig:
 def image_start(kind: str, given: dict) -> int:
     """First id of the image codes. Phi and Llama have none: vocab_size.
 
-    Emu3's are listed in vocabulary_map; without it they are the last 32,768 ids, as in the published vocabulary.
+    Emu3's are listed in vocabulary_map; without it they are the last 32,768 ids, as in the
+    published vocabulary.
     """
     if MODEL_TYPES[kind][1] is not EMU3:
         return given["vocab_size"]
@@ -138,7 +151,8 @@ def image_start(kind: str, given: dict) -> int:
 
 
 def showo_config(config: dict) -> ModelConfig:
-    """Show-o's config.json names Phi-1.5 (llm_model_path), not its sizes; its code switches QK norm on.
+    """Show-o's config.json names Phi-1.5 (llm_model_path), not its sizes; its code switches QK norm
+    on.
 
     Ids: text, special tokens, image codes, mask.
     """
@@ -151,9 +165,7 @@ def showo_config(config: dict) -> ModelConfig:
     return replace(PRESETS["showo-1.3b"], vocab_size=vocabulary, image_start=start)
 
 
-# --------------------------------------------------------------------------------------------------------------
 # Files
-# --------------------------------------------------------------------------------------------------------------
 
 WEIGHTS = ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin")
 
@@ -192,22 +204,27 @@ def weight_files(folder: Path) -> list:
 
 
 def tensors(file: Path):
-    """(name, tensor) of one file, mapped: a page is read when it is used. ValueError when the file is not whole."""
+    """(name, tensor) of one file, mapped: a page is read when it is used.
+
+    ValueError when the file is not whole.
+    """
     try:
-        if ".safetensors" in file.suffixes:                # also of one that has not got its name yet
+        if ".safetensors" in file.suffixes:  # also of one that has not got its name yet
             with safetensors()[0](file, "pt") as stored:
                 yield from ((name, stored.get_tensor(name)) for name in stored.keys())
         else:
             yield from torch.load(file, "cpu", mmap=True, weights_only=True).items()
     except (FileNotFoundError, ImportError):
         raise
-    except Exception as error:                             # torch's own text advises to load it unsafely
+    except Exception as error:  # torch's own text advises to load it unsafely
         raise ValueError(f"{file} is not a whole file of plain tensors (nor is a pointer of git-lfs, or a .bin from "
                          "before torch 1.6)") from error
 
 
 def state_from(files: list, model: UnifiedTransformer, dtype) -> dict:
-    """The state dict of `model`: every weight exactly once and in its shape, or a ValueError that lists what is not."""
+    """The state dict of `model`: every weight exactly once and in its shape, or a ValueError
+    that lists what is not.
+    """
     names, wanted, state, wrong = their_names(model), model.state_dict(), {}, []
     for file in files:
         for key, tensor in tensors(file):
@@ -230,7 +247,10 @@ def state_from(files: list, model: UnifiedTransformer, dtype) -> dict:
 
 
 def pretrained_config(path) -> tuple[ModelConfig, Plan | None]:
-    """The sizes of a folder of Hugging Face or of save_pretrained, and its plan if it has one. Errors as below."""
+    """The sizes of a folder of Hugging Face or of save_pretrained, and its plan if it has one.
+
+    Errors as below.
+    """
     folder, plan = Path(path), None
     if not folder.is_dir():
         raise FileNotFoundError(f"{path} is not a folder; fetch a checkpoint by: hf download NAME --local-dir FOLDER")
@@ -245,10 +265,12 @@ def pretrained_config(path) -> tuple[ModelConfig, Plan | None]:
 
 
 def load_pretrained(path, dtype: torch.dtype | None = None) -> UnifiedTransformer:
-    """A folder, of Hugging Face or of save_pretrained -> the model, on the CPU, dense unless the folder has a plan.
+    """A folder, of Hugging Face or of save_pretrained -> the model, on the CPU, dense unless the
+    folder has a plan.
 
-    In eval mode. dtype None keeps the file's: float32 or bfloat16 to train, not float16. The weights are the file's own
-    pages, never in memory twice. FileNotFoundError for what is not there, ValueError for what is refused.
+    In eval mode. dtype None keeps the file's: float32 or bfloat16 to train, not float16. The
+    weights are the file's own pages, never in memory twice. FileNotFoundError for what is not
+    there, ValueError for what is refused.
     """
     (config, plan), folder = pretrained_config(path), Path(path)
     files = weight_files(folder) + ([folder / "unimod.safetensors"] if plan else [])
@@ -259,11 +281,13 @@ def load_pretrained(path, dtype: torch.dtype | None = None) -> UnifiedTransforme
 
 
 def save_pretrained(model: UnifiedTransformer, path) -> None:
-    """Write a folder that load_pretrained reads to the bit, and transformers (AutoModelForCausalLM) as the dense model.
+    """Write a folder that load_pretrained reads to the bit, and transformers (AutoModelForCausalLM)
+    as the dense model.
 
-    Emu3 is written as Llama, the same weights: AutoModelForCausalLM does not know Emu3's language model alone. All
-    files are written under temporary names, read back and then renamed, config.json last: without it a folder is
-    refused. ValueError, before anything is written, for a config that Hugging Face cannot express.
+    Emu3 is written as Llama, the same weights: AutoModelForCausalLM does not know Emu3's language
+    model alone. All files are written under temporary names, read back and then renamed,
+    config.json last: without it a folder is refused. ValueError, before anything is written, for a
+    config that Hugging Face cannot express.
     """
     model, folder, save_file = unwrapped(model), Path(path), safetensors()[1]
     config = plain(config_to_hf(model.config))
@@ -283,7 +307,9 @@ def save_pretrained(model: UnifiedTransformer, path) -> None:
 
 
 def untied(weights: dict) -> dict:
-    """The same weights, of which no two share their memory: the later ones of tied weights are copies."""
+    """The same weights, of which no two share their memory: the later ones of tied weights are
+    copies.
+    """
     apart, seen = {}, set()
     for name, weight in weights.items():
         apart[name] = weight.clone() if weight.data_ptr() in seen else weight.contiguous()
