@@ -29,7 +29,7 @@ from benchmarks.choices import MEASURES, begin, cli, measured, toy  # noqa: E402
 from benchmarks.growth import COLORS, GAP, HIGH, LEFT, TOP, WIDE, Panel, round_steps, svg  # noqa: E402
 from unimod_mini import Plan, arank_table, calibrate, layer_switch, plan_from_arank  # noqa: E402
 from benchmarks.observations import attention_received, competition, layer_importance  # noqa: E402
-from unimod_mini.evaluate import ask_and_judge, draw_and_judge, share  # noqa: E402
+from unimod_mini.evaluate import ask_and_judge, draw_and_judge, accuracy  # noqa: E402
 from unimod_mini.atomic_files import write_json, write_text  # noqa: E402
 from unimod_mini.objectives import cross_entropy  # noqa: E402
 
@@ -58,7 +58,7 @@ def score(model, world, tokenizer, data, args, held_out=(False,), tasks=TASKS) -
                                        **toy.SETTINGS[args.backbone]["drawing"])
             else:
                 right = ask_and_judge(model, tokenizer, *world.sample_mmu(args.scenes, rng, held))
-            out[f"held {task}" if held else task] = share(right)
+            out[f"held {task}" if held else task] = accuracy(right)
     return out
 
 

@@ -31,7 +31,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from unimod_mini import Tokenizer, generate_image, load_checkpoint  # noqa: E402
 from unimod_mini.data.work_folder import Chunks  # noqa: E402
-from unimod_mini.evaluate import ask_and_judge, by_category, share  # noqa: E402
+from unimod_mini.evaluate import ask_and_judge, by_category, accuracy  # noqa: E402
 from unimod_mini.atomic_files import write_json  # noqa: E402
 from unimod_mini.shapes import Question, commonest_answers  # noqa: E402
 from unimod_mini.data.shards import Shards, tokenizer_hash  # noqa: E402
@@ -170,7 +170,7 @@ def blind_answers(chunks: Chunks) -> dict:
 
 def by_kind(right: list) -> dict:
     """[(kind, right or wrong)] -> {kind: share that is right}, and of all under "all"."""
-    return by_category(right) | {"all": share(right)}
+    return by_category(right) | {"all": accuracy(right)}
 
 
 # The command

@@ -38,7 +38,7 @@ from unimod_mini.atomic_files import write_json, write_text  # noqa: E402
 from unimod_mini.flops import bisect, peak_flops  # noqa: E402
 from unimod_mini.flops import activation_bytes  # noqa: E402
 from unimod_mini.plan import capacity  # noqa: E402
-from unimod_mini.device import find_device, find_precision, seed_everything  # noqa: E402
+from unimod_mini.device import find_device, find_precision  # noqa: E402
 
 SAVINGS = (0.15, 0.40, 0.60)
 IMAGE = 1026 / 1408  # share of a Show-o sequence that is soi..eoi: 512 pixels, as it was trained
@@ -281,7 +281,7 @@ def main(argv=None) -> dict:
     device = find_device(args.device)
     if args.graphs:
         graphs.check_device(device)
-    seed_everything(0)
+    torch.manual_seed(0)
     torch._dynamo.config.recompile_limit = 64  # --compile: one graph for each model of this process
     config = make_config(args)
     todo = jobs(args, config)

@@ -22,7 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import train_toy as toy  # noqa: E402
 from unimod_mini import calibrate, flops_ratio, layer_switch  # noqa: E402
-from unimod_mini.evaluate import CHUNK, ask_and_judge, by_category, draw_and_judge, share  # noqa: E402
+from unimod_mini.evaluate import CHUNK, ask_and_judge, by_category, draw_and_judge, accuracy  # noqa: E402
 from unimod_mini.atomic_files import write_json  # noqa: E402
 from unimod_mini.generate import left_pad  # noqa: E402
 from unimod_mini.shapes import MMU_CATEGORIES, commonest_answers, phrase  # noqa: E402
@@ -83,7 +83,7 @@ def judge(model, world, small, tokenizer, scenes: int, seed: int) -> dict:
              "mmu": ask_and_judge(model, tokenizer, *world.sample_mmu(scenes, rng)),
              "lm": read_and_judge(model, tokenizer, readings(small, scenes, rng))}
     worst = {task: min((value, name) for name, value in by_category(rows).items()) for task, rows in right.items()}
-    return {task: share(rows) for task, rows in right.items()} | {"worst": worst}
+    return {task: accuracy(rows) for task, rows in right.items()} | {"worst": worst}
 
 
 def blind(small, scenes: int, seed: int) -> float:

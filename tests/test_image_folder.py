@@ -273,22 +273,6 @@ def test_a_block_that_is_no_exif_says_nothing(tmp_path, Image, format):
     assert image[:, :3].max() < 20 and image[:, 5:].min() > 235
 
 
-@pytest.mark.parametrize("size, decoded", [((1024, 768), (128, 96)), ((1022, 768), (511, 384)), ((1023, 768), None)])
-def test_large_photographs_are_decoded_small(tmp_path, Image, monkeypatch, size, decoded):
-    """A JPEG is decoded at 1/8, 1/4 or 1/2 where that divides its sides, within 1 of 255 of the
-    picture in full.
-    """
-    from PIL import ImageOps
-    seen, real = [], ImageOps.exif_transpose
-    shapes = Image.linear_gradient("L").resize(size).convert("RGB")
-    shapes.paste((200, 30, 90), (size[0] // 3, 100, size[0] // 2, 500))
-    shapes.save(tmp_path / "a.jpg", quality=90)
-    Image.open(tmp_path / "a.jpg").save(tmp_path / "a.png")
-    monkeypatch.setattr(ImageOps, "exif_transpose", lambda file, **how: seen.append(file.size) or real(file, **how))
-    small, full = (read_image(tmp_path / name, 16).int() for name in ("a.jpg", "a.png"))
-    assert seen == [decoded or size, size] and (small - full).abs().max() <= (1 if decoded else 0)
-
-
 def test_missing_pillow_says_what_to_install(tmp_path, monkeypatch):
     """Without Pillow the module imports, and reading a picture names the pip line."""
     monkeypatch.setitem(sys.modules, "PIL", None)  # makes `from PIL import ...` an ImportError

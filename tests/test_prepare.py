@@ -28,7 +28,7 @@ from unimod_mini.pictures import read_image
 from unimod_mini.data.emoji import CREDITS
 from unimod_mini.data.prepare import main, parser
 from unimod_mini.data.shards import Shards
-from unimod_mini.data.readers import DESCRIBE, Skipped, fingerprint, read_source, share
+from unimod_mini.data.readers import DESCRIBE, Skipped, fingerprint, hashed_share, read_source
 
 Image = pytest.importorskip("PIL.Image")
 TINY = "--size 8 --image palette --codes 16 --workers 1".split()
@@ -93,7 +93,7 @@ def texts_of(shards, task, split="train"):
 
 def is_held(i):
     """Whether picture i is held out at --held 0.4."""
-    return share("split", f"{i}.png") < .4
+    return hashed_share("split", f"{i}.png") < .4
 
 
 def run(*arguments):
@@ -574,15 +574,15 @@ def test_the_split_of_a_picture_depends_on_its_key_alone(keys, share_held):
     """Whatever else is in the data, and in whichever order; a larger share only adds to what is
     held out.
     """
-    held = {key for key in keys if share("split", key) < share_held}
-    assert held == {key for key in reversed(keys) if share("split", key) < share_held}
-    assert held <= {key for key in keys if share("split", key) < min(1, share_held + .1)}
-    assert all(0 <= share("split", key) < 1 for key in keys)
+    held = {key for key in keys if hashed_share("split", key) < share_held}
+    assert held == {key for key in reversed(keys) if hashed_share("split", key) < share_held}
+    assert held <= {key for key in keys if hashed_share("split", key) < min(1, share_held + .1)}
+    assert all(0 <= hashed_share("split", key) < 1 for key in keys)
 
 
 def test_the_held_out_share_is_about_what_was_asked():
     """5 % of 20,000 names within four standard deviations."""
-    assert sum(share("split", f"{i:09d}") < .05 for i in range(20_000)) == pytest.approx(1000, abs=124)
+    assert sum(hashed_share("split", f"{i:09d}") < .05 for i in range(20_000)) == pytest.approx(1000, abs=124)
 
 
 @pytest.mark.parametrize("text, budget, too_long", [("bytes", 40, 39), ("words", 7, 6)])

@@ -18,7 +18,7 @@ from unimod_mini import (METHODS, ModelConfig, Palette, Pictures, Plan, UnifiedT
                          predictor)
 from unimod_mini import evaluate as evaluation
 from unimod_mini.console import command
-from unimod_mini.evaluate import ask_and_judge, blind_accuracy, by_category, draw_and_judge, share
+from unimod_mini.evaluate import ask_and_judge, blind_accuracy, by_category, draw_and_judge, accuracy
 from unimod_mini.draw_and_ask import kept_tokens
 from unimod_mini.pictures import save_png, terminal
 from unimod_mini.objectives import IGNORE
@@ -325,15 +325,15 @@ def test_judges_say_right_for_right_and_wrong_for_wrong(monkeypatch):
     questions, seen = world.sample_mmu(24, Random(0))
     import unimod_mini.evaluate as evaluate
     for shift, check in ((0, lambda x: x == 1), (5, lambda x: x < 0.6)):
-        pictures = tokenizer.image.decode(codes.roll(shift, 0))
+        drawn = codes.roll(shift, 0)
         answers = [questions[i - shift].answer for i in range(24)]
-        monkeypatch.setattr(evaluate, "generate_image", lambda *a, **k: pictures)
+        monkeypatch.setattr(evaluate, "generate_codes", lambda *a, **k: drawn)
         monkeypatch.setattr(evaluate, "generate_text", lambda *a, **k: answers)
-        assert check(share(draw_and_judge(None, tokenizer, world, prompts)))
-        assert check(share(ask_and_judge(None, tokenizer, questions, seen)))
+        assert check(accuracy(draw_and_judge(None, tokenizer, world, prompts)))
+        assert check(accuracy(ask_and_judge(None, tokenizer, questions, seen)))
     for cut in (lambda answer: "", lambda answer: answer[:-1], lambda answer: answer + " and"):
         monkeypatch.setattr(evaluate, "generate_text", lambda *a, **k: [cut(q.answer) for q in questions])
-        assert share(ask_and_judge(None, tokenizer, questions, seen)) == 0
+        assert accuracy(ask_and_judge(None, tokenizer, questions, seen)) == 0
     assert by_category([("a", True), ("a", False), ("b", True)]) == {"a": 0.5, "b": 1.0}
 
 
@@ -360,9 +360,9 @@ class Recorder:
         self.answers += [(q.answer if q.category == "color" and not held_out else "no", c) for q, c in zip(questions, codes)]
         return questions, codes
 
-    def generate_image(self, model, tokenizer, prompts, **options):
+    def generate_codes(self, model, tokenizer, prompts, **options):
         self.options.append(options)
-        return tokenizer.image.decode(torch.stack([self.codes.pop(0) for _ in prompts]))
+        return torch.stack([self.codes.pop(0) for _ in prompts])
 
     def generate_text(self, model, tokenizer, pictures, questions, **options):
         self.options.append(options)
@@ -381,7 +381,7 @@ def test_evaluate_counts_what_came_back(monkeypatch):
 
     def run(seed, routing="topk"):
         record = Recorder(world, tokenizer)
-        monkeypatch.setattr(module, "generate_image", record.generate_image)
+        monkeypatch.setattr(module, "generate_codes", record.generate_codes)
         monkeypatch.setattr(module, "generate_text", record.generate_text)
         return record, module.evaluate(None, tokenizer, record, routing, 168, seed, {"temperature": 0.3})
 

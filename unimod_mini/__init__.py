@@ -1,5 +1,6 @@
-"""unimod_mini: task-aware Mixture-of-Depths for unified multimodal transformers, small enough to
-read.
+"""unimod_mini: task-aware Mixture-of-Depths for unified multimodal transformers.
+
+Small enough to read: plan.py, routers.py and transformer.py are the method.
 """
 
 import warnings
@@ -8,7 +9,6 @@ from .cache import Cache
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import ModelConfig
 from .data.image_folder import Pictures, load_image_folder
-from .device import seed_everything
 from .flops import count_flops, flops_ratio
 from .generate import generate_image, generate_text
 from .image_codecs import Codes, Palette
@@ -24,8 +24,8 @@ from .transformer import UnifiedTransformer
 from .vq import VQ, fit_vq
 from .weights.pretrained import load_pretrained, save_pretrained
 
-# `python -m unimod_mini.generate` runs a module that the lines above have imported; it defines
-# functions alone
+# `python -m unimod_mini.generate` runs a module that these lines have imported: no harm, it
+# defines functions alone
 warnings.filterwarnings("ignore", "'unimod_mini", RuntimeWarning, "runpy")
 
 __version__ = "0.1.0"

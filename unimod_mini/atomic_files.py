@@ -45,8 +45,8 @@ def plain(x, name: str = "data"):
         return str(x)
     if is_dataclass(x) and not isinstance(x, type):        # a Plan, a ModelConfig
         return plain(asdict(x), name)
-    raise ValueError(f"{name} is a {type(x).__name__}: only plain data can be stored (numbers, texts, tensors, and "
-                     "lists and dicts of them)")
+    raise ValueError(f"{name} is a {type(x).__name__}: only plain data can be stored (numbers, "
+                     "texts, tensors, and lists and dicts of them)")
 
 
 @contextlib.contextmanager
@@ -108,8 +108,8 @@ def outline(data) -> str:
 
 def json_text(content, indent: int | None = None) -> str:
     """Plain data as JSON, which has no NaN and no infinity: null stands for them."""
-    text = json.dumps(plain(content))
-    return json.dumps(json.loads(text, parse_constant=lambda name: None), indent=indent, ensure_ascii=False)
+    finite = json.loads(json.dumps(plain(content)), parse_constant=lambda name: None)
+    return json.dumps(finite, indent=indent, ensure_ascii=False)
 
 
 def write_text(path, text: str) -> None:

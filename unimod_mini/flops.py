@@ -232,7 +232,7 @@ def router_parameters(D: int, h: int) -> int:
 # autocast, no dropout. Attention is the fused kernel: no n x n scores, but a mask in every layer.
 # In floats, of n tokens:
 #
-#   norm           LayerNorm: input D, output D, 2 statistics; RMSNorm: input, factors, output 3 D, 1
+#   norm           LayerNorm: input D, output D, 2 statistics; RMSNorm: 3 D (with its factors), 1
 #   QK norm        queries and keys before it (H + G) d, 2 (H + G) statistics
 #   attention      rotated queries and keys (H + G) d, values G d, output D, log-sum-exp H, mask n
 #   MLP            before and after GELU 2 F; SwiGLU 4 F: gate and up, silu(gate), their product

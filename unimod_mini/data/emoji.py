@@ -40,7 +40,7 @@ from ..atomic_files import whole_file
 from ..console import command, progress_bar
 from ..pictures import read_image
 from .image_folder import METADATA, read_metadata
-from .readers import Item, share
+from .readers import Item, hashed_share
 
 STYLES, VERSION = ("google", "twitter"), "16.0.0"  # VERSION of the npm packages: the same for both
 CREDITS = {"google": "Noto Emoji, Google LLC, Apache-2.0, https://apache.org/licenses/LICENSE-2.0",
@@ -95,7 +95,7 @@ def choose_concepts(entries: list, files: dict, limit: int | None = None) -> lis
         if group and name and len(name.split()) <= LONGEST_NAME and there(entry["image"]):
             concepts.setdefault(name, Concept(name, group, {"": entry["image"], **tones}))
     chosen = list(concepts.values())
-    return sorted(chosen, key=lambda c: share("order", c.name))[:limit] if limit else chosen
+    return sorted(chosen, key=lambda c: hashed_share("order", c.name))[:limit] if limit else chosen
 
 
 def decode_singles(concepts: list, files: dict, size: int) -> dict:
@@ -165,13 +165,13 @@ class Emoji:
         """Whether this style's rendering of a concept is held out: only where another style
         shows the concept.
         """
-        return len(self.styles) > 1 and style == self.styles[-1] and share("style", name) < self.held
+        return len(self.styles) > 1 and style == self.styles[-1] and hashed_share("style", name) < self.held
 
     def single_kind(self, name: str, tone: str, style: str, tones: list) -> str:
         """What holding this picture out tests, "" for a picture to train on."""
         if self.style_held(name, style):
             return "style x concept"
-        held_tones = [t for t in tones if t and share("tone", name, t) < self.held]
+        held_tones = [t for t in tones if t and hashed_share("tone", name, t) < self.held]
         return "skin tone x concept" if tone in held_tones and len(held_tones) < len(tones) - 1 else ""
 
 
@@ -189,9 +189,9 @@ class Emoji:
         if any(self.style_held(name, style) for name in names):
             kind = "style x concept in a scene"
         elif many:
-            kind = "count" if share("count", names[0], str(len(names))) < self.held else ""
+            kind = "count" if hashed_share("count", names[0], str(len(names))) < self.held else ""
         else:
-            kind = "pair" if share("pair", *sorted(names)) < self.held else ""
+            kind = "pair" if hashed_share("pair", *sorted(names)) < self.held else ""
         texts = count_texts(names, two.name, style) if many else pair_texts(names, relation, style, rng)
         return Item(f"scene/{number}", picture, texts, "held" if kind else "train", kind)
 

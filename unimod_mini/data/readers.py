@@ -56,7 +56,7 @@ class Skipped(NamedTuple):
     why: str
 
 
-def share(*key) -> float:
+def hashed_share(*key) -> float:
     """A number in [0, 1) that is the same for the same key on every machine."""
     name = "\0".join(key).encode(errors="surrogatepass")   # a file's name need not be UTF-8
     return int.from_bytes(hashlib.sha256(name).digest()[:8]) / 2**64

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ..atomic_files import whole_file
 from ..console import progress_bar
-from .readers import Item, decode, picture_type, share
+from .readers import Item, decode, hashed_share, picture_type
 
 CHUNK = 1024                       # entries
 OPEN = 64                          # arrays that are kept open, a file descriptor each
@@ -161,7 +161,7 @@ class Memory:
         """
         digest = hashlib.sha256(picture).hexdigest()[:32]
         if digest not in self.pictures:
-            split = item.split or ("held" if share("split", item.key) < self.held else "train")
+            split = item.split or ("held" if hashed_share("split", item.key) < self.held else "train")
             self.pictures[digest] = start + len(pixels), split
             pixels.append(picture)
         number, split = self.pictures[digest]
