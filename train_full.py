@@ -527,8 +527,10 @@ def main(argv=None) -> dict:
         finish(trainer, job)
         if log is not None:
             log.close()
-    return {"step": trainer.step, "stage": trainer.stage, "held": held,
-            "skipped": int(trainer.skipped[1])}
+        result = {"step": trainer.step, "stage": trainer.stage, "held": held,
+                  "skipped": int(trainer.skipped[1])}
+        trainer.release()
+    return result
 
 
 if __name__ == "__main__":

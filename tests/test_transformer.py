@@ -72,8 +72,8 @@ def test_parameter_totals(name, total):
     (dict(n_kv_head=3), "be a multiple of n_kv_head=3"),
     (dict(rope_fraction=0.4), "rotate an even number of dims a head, not 3"),
     (dict(rope_fraction=1.5), r"rope_fraction=1.5 must lie in \[0, 1\]"),
-    (dict(n_head=0), "n_head must be at least 1, got 0"),
-    (dict(d_ff=0), "d_ff must be at least 1"),
+    (dict(n_head=0), "n_head must be a whole number of at least 1, got 0"),
+    (dict(d_ff=0), "d_ff must be a whole number of at least 1"),
 ])
 def test_config_rejects(changes, message):
     """A config that cannot be built is a ValueError that names the field."""

@@ -23,8 +23,10 @@ NUMBER = re.compile(r"(-?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?)")
 
 
 def differences(expected: str, printed: str) -> list:
-    """Lines that differ: words must be equal, numbers within 1 % or 1e-3; runs of blanks count
-    as one.
+    """Lines that differ: words must be equal, numbers within 1 % or 1e-3.
+
+    A number behind "~" is of a model that was trained here, and another processor trains another
+    one: within 35 % or 0.1. Runs of blanks count as one.
     """
     a, b = expected.strip().split("\n"), printed.strip().split("\n")
     count = max(len(a), len(b))
@@ -36,9 +38,14 @@ def same_line(expected: str, printed: str) -> bool:
     # words at even places, numbers at odd ones
     a, b = NUMBER.split(expected), NUMBER.split(printed)
     words, numbers = zip(a[::2], b[::2]), zip(a[1::2], b[1::2])
-    return (len(a) == len(b) and all(x.split() == y.split() for x, y in words)
-            and all(abs(x - y) <= max(0.01 * abs(x), 1e-3)
-                    for x, y in ([float(s.replace(",", "")) for s in pair] for pair in numbers)))
+    if len(a) != len(b) or any(x.split() != y.split() for x, y in words):
+        return False
+    for before, (x, y) in zip(a[::2], numbers):
+        x, y = float(x.replace(",", "")), float(y.replace(",", ""))
+        allowed = max(0.35 * abs(x), 0.1) if before.endswith("~") else max(0.01 * abs(x), 1e-3)
+        if abs(x - y) > allowed:
+            return False
+    return True
 
 
 def run(text: str, name: str, folder) -> list:
@@ -117,7 +124,7 @@ def test_what_a_prompt_refuses(block, line):
     ("0.0001", "0.0009", True), ("0.0001", "0.0021", False), ("-1.0", "1.0", False), ("a  b\n", "a b", True),
     ("a b", "ab", False), ("True", "False", False), ("one\ntwo", "one", False), ("", "something", False),
     ("1,000,000", "1,009,000", True), ("1,000,000", "1,020,000", False), ("t2i 1e-05", "t2i 2e-05", True),
-    ("1 2", "1", False), ("2e3", "2.1e3", False), ("nan", "1.0", False), ("#.# 12", "### 12", False)])
+    ("1 2", "1", False), ("2e3", "2.1e3", False), ("nan", "1.0", False), ("~0.90 x", "~0.70 x", True), ("~0.90", "~0.50", False), ("~0.02", "~0.11", True), ("#.# 12", "### 12", False)])
 def test_comparison(expected, printed, same):
     """A wrong word or a number that is 2 % off is a difference; 0.9 %, or 8e-4 near zero, is
     none.
@@ -150,7 +157,7 @@ def test_an_error_names_the_line_of_the_page(tmp_path):
 
 
 if __name__ == "__main__":
-    assert sys.argv[1:2] == ["--rewrite"], "usage: python tests/test_tutorials.py --rewrite [00_start ..]"
+    assert sys.argv[1:2] == ["--rewrite"], "usage: python tests/test_tutorials.py --rewrite [01_start ..]"
     sys.path.insert(0, str(ROOT))
     for page in [page for page in PAGES if not sys.argv[2:] or page.stem in sys.argv[2:]]:
         with tempfile.TemporaryDirectory() as folder:

@@ -5,6 +5,7 @@ with QK norm), and baaivision/Emu3 (emu3/mllm/configuration_emu3.py).
 """
 
 from dataclasses import dataclass
+from numbers import Integral
 
 from .routers import GATES, MEMBERSHIP_WEIGHT
 
@@ -41,9 +42,10 @@ class ModelConfig:
                                  f"{getattr(self, name)!r}")
         for name in ("n_layer", "n_head", "n_kv_head", "d_model", "d_ff", "vocab_size",
                      "max_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"ModelConfig: {name} must be at least 1, got "
-                                 f"{getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, Integral) or value < 1:
+                raise ValueError(f"ModelConfig: {name} must be a whole number of at least 1, got "
+                                 f"{value!r}")
         if self.d_model % self.n_head or self.n_head % self.n_kv_head:
             raise ValueError(f"ModelConfig: n_head={self.n_head} must divide d_model="
                              f"{self.d_model} and be a multiple of n_kv_head={self.n_kv_head}")

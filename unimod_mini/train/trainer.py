@@ -79,9 +79,7 @@ class Trainer:
 
     def enter(self, stage: str, model, since: int) -> None:
         """Begin a stage with this model, fresh optimizers and average; the old ones are freed."""
-        self.model = self.objective = self.wrapped = self.passes = None
-        self.optimizers = self.average = None
-        gc.collect()                                       # FSDP's modules lie in cycles
+        self.release()
         self.stage, self.model, self.since = stage, model, since
         config = self.config
         model.precision = config.precision
@@ -100,6 +98,16 @@ class Trainer:
         if config.ema:
             for name, p in model.named_parameters():
                 self.average[name] = p.detach().clone()
+
+    def release(self) -> None:
+        """Free model, wrapper, optimizers and average.
+
+        DDP must not outlive its process group: as the group's last owner, its destructor waits for
+        a thread that waits for Python's lock.
+        """
+        self.model = self.objective = self.wrapped = self.passes = None
+        self.optimizers = self.average = None
+        gc.collect()                                       # FSDP's modules lie in cycles
 
     def rate(self) -> float:
         """Factor of the peak rate.
