@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_shapes import answers, worlds
 
-from unimod_mini.shapes import NUMBERS, Prompt, Thing, World, plural
-from unimod_mini.toy_language import answer, caption, example, held_out, read_prompt, tidy
+from unimod_mini.shapes import NUMBERS, Prompt, Thing, World, caption, plural
+from unimod_mini.toy_language import answer, example, held_out, read_prompt, tidy
 
 SMALLEST = World(max_objects=1, n_colors=2, n_shapes=2, n_held_out=0)
 BIGGEST = World(side=3, max_objects=9, n_colors=8, n_shapes=6, margin=1, n_held_out=5)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unimod_mini import vq as module
-from unimod_mini.vq import VQ, fit_vq, measure
+from unimod_mini.vq import VQ, measure, train_vq
 
 QUANTIZERS = ("nearest", "lfq")
 
@@ -21,7 +21,10 @@ QUANTIZERS = ("nearest", "lfq")
 def blocks(n, side=16, seed=0):
     """n images (n, side, side, 3) of one coloured rectangle on a coloured ground, in 6 colours."""
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda k: int(torch.randint(k, (1,), generator=generator))
+
+    def draw(k):
+        return int(torch.randint(k, (1,), generator=generator))
+
     palette = torch.tensor([[230, 30, 30], [30, 200, 60], [40, 60, 230], [240, 220, 40],
                             [20, 20, 20], [240, 240, 240]], dtype=torch.uint8)
     images = torch.empty(n, side, side, 3, dtype=torch.uint8)
@@ -42,6 +45,12 @@ def noise(*shape, seed=0):
     """uint8 noise of a shape."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+
+
+def fit(images, vq, **options):
+    """Trains vq and measures it on the same images."""
+    train_vq(images, vq, **{"progress": False} | options)
+    return measure(images, vq)
 
 
 # ---------------------------------------------------------------- encode and decode
@@ -130,8 +139,10 @@ def test_nearest_matches_brute_force(n_codes, dim, seed):
     for b in range(2):
         for y in range(2):
             for x in range(3):
-                distances = [sum((a - e) ** 2 for a, e in zip(z[b, :, y, x].tolist(), code))
-                             for code in vq.codebook.tolist()]
+                distances = []
+                for code in vq.codebook.tolist():
+                    pairs = zip(z[b, :, y, x].tolist(), code)
+                    distances.append(sum((a - e) ** 2 for a, e in pairs))
                 best = distances.index(min(distances))
                 assert chosen.codes[b, y, x] == best
                 assert torch.equal(chosen.vectors[b, :, y, x], vq.codebook[best])
@@ -139,11 +150,10 @@ def test_nearest_matches_brute_force(n_codes, dim, seed):
 
 @pytest.mark.parametrize("limit", (1, 7, 40, 2**24))
 def test_distances_come_in_pieces(monkeypatch, limit):
-    """However few distances are held at once, the codes are the same: a latent's code depends on
-    it alone.
-    """
+    """However few distances are held at once, the codes are the same."""
     vq = build("nearest").double()
-    z = torch.randn(2, 3, 5, vq.dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(2, 3, 5, vq.dim, dtype=torch.float64, generator=generator)
     whole = (z[..., None, :] - vq.codebook).square().sum(-1).argmin(-1)
     monkeypatch.setattr(module, "DISTANCES", limit)
     assert torch.equal(vq.choose(z), whole) and vq.choose(z[0, 0, 0]) == whole[0, 0, 0]
@@ -200,12 +210,17 @@ def test_lfq_loss_matches_a_loop_over_codes():
     """The entropies agree with p(c | z) built bit by bit: P(bit i = 1) = sigmoid(4 z_i)."""
     vq = build("lfq", n_codes=8)
     z = torch.randn(2, 3, 2, 2)
-    table = []  # a row a latent, a column a code
+    table = []                             # a row a latent, a column a code
     for latent in z.movedim(1, 3).reshape(-1, 3).tolist():
-        up = [1 / (1 + math.exp(-4 * v)) for v in latent]
-        table.append([math.prod(up[i] if c >> i & 1 else 1 - up[i] for i in range(3))
-                      for c in range(8)])
-    entropy = lambda row: -sum(p * math.log(p) for p in row)
+        row = [1.0] * 8
+        for i, v in enumerate(latent):
+            up = 1 / (1 + math.exp(-4 * v))
+            row = [p * (up if c >> i & 1 else 1 - up) for c, p in enumerate(row)]
+        table.append(row)
+
+    def entropy(row):
+        return -sum(p * math.log(p) for p in row)
+
     each = sum(map(entropy, table)) / len(table)
     mean = entropy([sum(column) / len(table) for column in zip(*table)])
     commitment = (z - z.sign()).square().mean().item()
@@ -260,7 +275,7 @@ def test_restart_handles_latents_that_are_all_served():
 def trained(request):
     """(quantizer, images, vq, report) after seconds of training."""
     images, vq = blocks(64), build(request.param, n_codes=32, width=16)
-    return request.param, images, vq, fit_vq(images, vq, steps=300, progress=False)
+    return request.param, images, vq, fit(images, vq, steps=300)
 
 
 def test_training_beats_the_mean_colour(trained):
@@ -299,7 +314,7 @@ def test_without_restarts_the_codebook_collapses(trained, monkeypatch):
     if quantizer == "lfq":
         monkeypatch.setattr(module, "ENTROPY", 0.0)  # its part is played by the entropy penalty
     monkeypatch.setattr(VQ, "restart", lambda *_: None)
-    worse = fit_vq(images, build(quantizer, n_codes=32, width=16), steps=60, progress=False)
+    worse = fit(images, build(quantizer, n_codes=32, width=16), steps=60)
     assert worse.usage < 0.6 * report.usage
 
 
@@ -311,7 +326,7 @@ def test_seed_fixes_the_run(quantizer):
     def run(seed):
         vq = build(quantizer)
         before = torch.random.get_rng_state()
-        fit_vq(images, vq, steps=3, seed=seed, batch=4, progress=False)
+        fit(images, vq, steps=3, seed=seed, batch=4)
         assert torch.equal(before, torch.random.get_rng_state())
         return torch.cat([weight.flatten() for weight in vq.parameters()])
 
@@ -323,12 +338,10 @@ def test_seed_fixes_the_run(quantizer):
 @settings(max_examples=4)
 @given(stop=st.integers(1, 7))
 def test_a_stopped_fit_goes_on_to_the_same_weights(quantizer, stop):
-    """Stopped in any step and begun anew with its file, a training ends with the weights of one
-    that was not stopped.
-    """
+    """Stopped in any step and begun anew with its file, a training ends with the same weights."""
     images = blocks(8, side=8)
     once = build(quantizer)
-    fit_vq(images, once, steps=7, batch=4, progress=False)
+    fit(images, once, steps=7, batch=4)
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
         patch.setattr(module, "SAVE_EVERY", 2)
         steps, quantize = itertools.count(1), VQ.quantize
@@ -341,11 +354,12 @@ def test_a_stopped_fit_goes_on_to_the_same_weights(quantizer, stop):
         patch.setattr(VQ, "quantize", stops)
         state = Path(folder, "training.pt")
         with pytest.raises(KeyboardInterrupt):
-            fit_vq(images, build(quantizer), steps=7, batch=4, progress=False, state=state)
+            fit(images, build(quantizer), steps=7, batch=4, state=state)
         assert state.exists() == (stop > 2)
         twice = build(quantizer)
-        fit_vq(images, twice, steps=7, batch=4, progress=False, state=state)
-        assert next(steps) == stop + 7 - (stop - 1) // 2 * 2 + 1  # what was saved is not done again
+        fit(images, twice, steps=7, batch=4, state=state)
+        # what was saved is not done again
+        assert next(steps) == stop + 7 - (stop - 1) // 2 * 2 + 1
     assert all(map(torch.equal, once.state_dict().values(), twice.state_dict().values()))
 
 
@@ -354,16 +368,16 @@ def test_smallest_fit(quantizer):
     """One step on one image of one patch works, also with a batch larger than the set."""
     vq = build(quantizer)
     before = vq.encoder[0].weight.clone()
-    report = fit_vq(noise(1, 4, 4, 3), vq, steps=1, batch=2, progress=False)
+    report = fit(noise(1, 4, 4, 3), vq, steps=1, batch=2)
     assert report.usage == pytest.approx(1 / 16) and report.perplexity == pytest.approx(1)
     assert not torch.equal(before, vq.encoder[0].weight)
 
 
 def test_progress_bar_can_be_silenced(capfd):
     """progress=True draws a bar with the loss on stderr, progress=False prints nothing."""
-    fit_vq(noise(1, 4, 4, 3), build("lfq"), steps=2, batch=1, progress=False)
+    fit(noise(1, 4, 4, 3), build("lfq"), steps=2, batch=1)
     assert capfd.readouterr() == ("", "")
-    fit_vq(noise(1, 4, 4, 3), build("lfq"), steps=2, batch=1)
+    fit(noise(1, 4, 4, 3), build("lfq"), steps=2, batch=1, progress=True)
     assert "loss=" in capfd.readouterr().err
 
 
@@ -437,13 +451,11 @@ def test_training_on_continues_from_the_loaded_codes(trained):
 
 @pytest.mark.parametrize("sizes, message", [
     (dict(quantizer="vae"), "quantizer 'vae'.*'nearest' or 'lfq'"),
-    (dict(quantizer="lfq", n_codes=500), "n_codes is 500.*power of two.*try 512"),
+    (dict(quantizer="lfq", n_codes=500), "n_codes is 500.*power of two"),
     (dict(quantizer="lfq", n_codes=1), "n_codes is 1, expected 2 or more"),
     (dict(n_codes=0), "n_codes is 0, expected 2 or more"),
-    (dict(patch=3), "patch 3 is no power of two.*try 4"),
+    (dict(patch=3), "patch 3 is no power of two"),
     (dict(patch=0), "patch 0 is no power of two"),
-    (dict(width=0), "width is 0, dim 8, expected 1 or more of each"), (dict(dim=-2), "width is .*, dim -2, expected 1"),
-    (dict(quantizer="lfq", n_codes=16, dim=8), "dim is 8, 'lfq' expects 4.*leave dim out"),
 ])
 def test_bad_sizes(sizes, message):
     """Sizes that cannot work are named, with what was expected, before anything is built."""
@@ -458,14 +470,13 @@ def test_nearest_needs_no_power_of_two():
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_autocast_changes_no_code(quantizer):
-    """Codes and pixels under bf16 autocast, in which generate runs, are those of float32, in
-    which data is prepared.
-    """
+    """Codes and pixels under bf16 autocast, as in generate, are those of float32."""
     vq, images = build(quantizer), noise(4, 16, 16, 3)
     codes = vq.encode(images)
+    pixels = vq.decode(codes)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(vq.encode(images), codes) and torch.equal(vq.decode(codes), (pixels := vq.decode(codes)))
-    assert torch.equal(vq.decode(codes), pixels)
+        assert torch.equal(vq.encode(images), codes)
+        assert torch.equal(vq.decode(codes), pixels)
 
 
 @pytest.mark.parametrize("images, message", [
@@ -478,12 +489,12 @@ def test_autocast_changes_no_code(quantizer):
     (noise(1, 8, 2, 3), r"\(1, 8, 2, 3\), expected H and W divisible by patch = 4"),
 ])
 def test_bad_images(images, message):
-    """encode and fit_vq name dtype and shape of images that do not fit, and what to do."""
+    """encode and train_vq name dtype and shape of images that do not fit, and what to do."""
     vq = build("nearest")
     with pytest.raises(ValueError, match=message):
         vq.encode(images)
     with pytest.raises(ValueError, match=message):
-        fit_vq(images, vq, steps=1, progress=False)
+        fit(images, vq, steps=1)
 
 
 @pytest.mark.parametrize("codes, message", [
@@ -504,4 +515,4 @@ def test_bad_codes(quantizer, codes, message):
 def test_bad_run(run):
     """Training for no steps or on no images is refused."""
     with pytest.raises(ValueError, match=r"steps -?\d, batch \d+: expected 1 or more of each"):
-        fit_vq(noise(1, 4, 4, 3), build("lfq"), progress=False, **run)
+        fit(noise(1, 4, 4, 3), build("lfq"), **run)

@@ -21,7 +21,7 @@ from .shapes import World
 from .text_codecs import ByteText, HFText, WordText
 from .tokenizer import Batch, Tokenizer
 from .transformer import UnifiedTransformer
-from .vq import VQ, fit_vq
+from .vq import VQ, train_vq
 from .weights.pretrained import load_pretrained, save_pretrained
 
 # `python -m unimod_mini.generate` runs a module that these lines have imported: no harm, it

@@ -1,16 +1,15 @@
 """Files that are whole or not there: written under a temporary name, read back, then renamed.
 
-What is written can be read: `plain` turns what people have (numpy's numbers, paths, a Plan) into
-plain data, or says which entry it cannot turn, before a byte is written; `save_data` loads its file
-before the file gets its name.
+Only plain data is written, since every reader knows it: numbers, texts, tensors, and lists and
+dicts of them.
 """
 
-import contextlib
-import errno
 import json
 import os
 import re
+from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
+from errno import EDQUOT, EFBIG, EIO, ENOSPC
 from pathlib import Path
 
 import numpy as np
@@ -18,84 +17,78 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-DISK = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)  # full, over a limit, broken
 
+def as_plain_data(x, name: str = "data"):
+    """x with numpy's numbers and arrays, paths and dataclasses (a Plan, say) made plain data.
 
-def plain(x, name: str = "data"):
-    """x as dicts, lists, tuples, numbers, texts and tensors, which every reader knows.
-
-    ValueError names what is none.
+    ValueError, which says where in `name` it stands, for anything else.
     """
+    if isinstance(x, np.generic):
+        x = x.item()
     if x is None or isinstance(x, Tensor):
         return x
-    # numpy's float64 and str_ are kinds of Python's own
     for kind in (bool, int, float, str, bytes):
         if isinstance(x, kind):
-            return kind(x)
+            return kind(x)  # of a subclass, such as torch's version
     if isinstance(x, dict):
-        return {plain(key, f"a key of {name}"): plain(x[key], f"{name}[{key!r}]") for key in x}
+        return {as_plain_data(key, f"a key of {name}"): as_plain_data(value, f"{name}[{key!r}]")
+                for key, value in x.items()}
     if isinstance(x, (list, tuple)):
         kind = tuple if type(x) is tuple else list
-        return kind(plain(value, f"{name}[{i}]") for i, value in enumerate(x))
-    if isinstance(x, np.generic):
-        return plain(x.item(), name)
+        return kind(as_plain_data(value, f"{name}[{i}]") for i, value in enumerate(x))
     if isinstance(x, np.ndarray) and x.dtype.kind in "biufc":
         return torch.tensor(x)
     if isinstance(x, Path):
         return str(x)
-    if is_dataclass(x) and not isinstance(x, type):        # a Plan, a ModelConfig
-        return plain(asdict(x), name)
+    if is_dataclass(x) and not isinstance(x, type):
+        return as_plain_data(asdict(x), name)
     raise ValueError(f"{name} is a {type(x).__name__}: only plain data can be stored (numbers, "
                      "texts, tensors, and lists and dicts of them)")
 
 
-@contextlib.contextmanager
+@contextmanager
 def whole_file(path, mode: str = "w", **options):
-    """A file that is opened as `path`.tmp and takes its name when all is written; text is UTF-8.
-    options: of open.
+    """A file opened as `path`.tmp that gets its name when the block ends well; text is UTF-8.
 
-    Its folder is made if need be. When writing fails nothing is left; OSError where the disk is the
-    reason.
+    Makes the folder. If the block fails, nothing is left of the new file and an older one stays;
+    OSError if the disk is the reason. options: of open.
     """
-    text = {} if "b" in mode else {"encoding": "utf-8", "errors": "backslashreplace"}
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(f"{path}.tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    if "b" not in mode:
+        options |= {"encoding": "utf-8", "errors": "backslashreplace"}
     try:
-        with open(f"{path}.tmp", mode, **text, **options) as file:
+        with open(temporary, mode, **options) as file:
             yield file
-        os.replace(f"{path}.tmp", path)
+        os.replace(temporary, path)
     except BaseException as error:
-        Path(f"{path}.tmp").unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         if trouble := disk_trouble(error):
             raise OSError(f"{path} was not written: {trouble}") from error
         raise
 
 
 def disk_trouble(error: BaseException | None) -> str | None:
-    """What the disk has to do with an error: torch raises one of its own behind the OSError,
-    safetensors writes "(os error 28)", numpy counts what was written.
-    """
+    """What the disk has to do with an error (torch raises its own after the OSError), or None."""
     while error is not None:
         text = str(error)
-        if isinstance(error, OSError) and error.errno in DISK:
-            return os.strerror(error.errno)
-        if number := re.search(r"os error (\d+)", text):
-            return os.strerror(int(number[1]))
-        if re.search(r"\d+ requested and \d+ written", text):
+        number = getattr(error, "errno", None)
+        if number in (ENOSPC, EFBIG, EDQUOT, EIO):  # full, over a limit, broken
+            return os.strerror(number)
+        if match := re.search(r"os error (\d+)", text):  # safetensors
+            return os.strerror(int(match[1]))
+        if re.search(r"\d+ requested and \d+ written", text):  # numpy
             return f"{text}, is the disk full?"
         error = error.__context__
     return None
 
 
 def save_data(path, data: dict) -> None:
-    """torch.save of plain data and tensors. ValueError names an entry that is neither.
-
-    The file is read back as load_checkpoint reads it (weights_only=True) before it gets its name.
-    """
-    data = plain(data)
+    """torch.save of plain data, which is read back before the file gets its name."""
+    data = as_plain_data(data)
     with whole_file(path, "wb") as file:
         torch.save(data, file)
         file.flush()
-        # mmap: the weights' bytes are not copied
         back = torch.load(file.name, "cpu", mmap=True, weights_only=True)
         if outline(back) != outline(data):
             raise OSError(f"{path}: what was written is not what is read back: look at the disk")
@@ -108,7 +101,7 @@ def outline(data) -> str:
 
 def json_text(content, indent: int | None = None) -> str:
     """Plain data as JSON, which has no NaN and no infinity: null stands for them."""
-    finite = json.loads(json.dumps(plain(content)), parse_constant=lambda name: None)
+    finite = json.loads(json.dumps(as_plain_data(content)), parse_constant=lambda name: None)
     return json.dumps(finite, indent=indent, ensure_ascii=False)
 
 
@@ -118,5 +111,4 @@ def write_text(path, text: str) -> None:
 
 
 def write_json(path, content) -> None:
-    """Plain data as one JSON text."""
     write_text(path, json_text(content, indent=1) + "\n")

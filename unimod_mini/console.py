@@ -1,9 +1,7 @@
-"""What every command does about the terminal in front of it, or about the pipe or the file in its
-place.
+"""How every command behaves in a terminal, in a pipe, and with its output in a file.
 
-A letter that it cannot show is written as its escape; an error is one line; a closed pipe (`| head
--1`) ends without a word; pictures and progress come in what it can show: colours, plain letters, a
-bar, or a line now and then.
+A character that the terminal lacks is written as its escape; an error is one line; a closed pipe
+(`| head -1`) ends the command silently; pictures and progress come in the form that can be shown.
 """
 
 import io
@@ -13,27 +11,27 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
-EVERY = 30.0   # seconds between two lines of progress where there is no terminal
+EVERY = 30.0  # seconds between two lines of progress outside a terminal
 
 
 @contextmanager
 def command(stopped: str = "stopped", errors: tuple = (ValueError, OSError, ImportError)):
-    """Around a command: what of `errors` it raises is one line and exit status 1.
+    """Around a command: an error among `errors` becomes one line and exit status 1.
 
-    stopped: what Ctrl-C is told.
+    stopped: what is printed after Ctrl-C.
     """
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+        if hasattr(stream, "reconfigure"):  # a notebook's stream has none
             stream.reconfigure(errors="backslashreplace")
     try:
         try:
             yield
         finally:
-            sys.stdout.flush()  # here, and not at exit, where nobody catches a closed pipe
+            sys.stdout.flush()  # at exit nobody would catch a closed pipe
     except BrokenPipeError:
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())              # what is still to be flushed
-        sys.exit(141)  # what a shell says of a command that SIGPIPE ended
+        os.dup2(nowhere, sys.stdout.fileno())  # for what is still to be flushed
+        sys.exit(141)  # a shell's status for a command ended by SIGPIPE
     except KeyboardInterrupt:
         print(stopped, file=sys.stderr)
         sys.exit(130)
@@ -42,10 +40,9 @@ def command(stopped: str = "stopped", errors: tuple = (ValueError, OSError, Impo
 
 
 def shows() -> str:
-    """What stdout can show of a picture: "blocks" (colours, two pixels a letter), "blanks"
-    (colours) or "letters".
-    """
-    if not sys.stdout.isatty() or os.environ.get("TERM") == "dumb" or os.environ.get("NO_COLOR"):
+    """How stdout can show a picture: in coloured half "blocks" or "blanks", or in "letters"."""
+    no_colors = os.environ.get("TERM") == "dumb" or os.environ.get("NO_COLOR")
+    if no_colors or not sys.stdout.isatty():
         return "letters"
     try:
         "▀".encode(sys.stdout.encoding)
@@ -55,9 +52,7 @@ def shows() -> str:
 
 
 class Lines(tqdm):
-    """tqdm without a terminal: a line at the beginning, one every half minute and one at the
-    end.
-    """
+    """tqdm outside a terminal: a line at the start, one every half minute and one at the end."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options | {"file": io.StringIO(), "mininterval": EVERY})
@@ -67,10 +62,11 @@ class Lines(tqdm):
 
 
 def progress_bar(*args, **options) -> tqdm:
-    """A tqdm bar on stderr, as `Lines` where that is no terminal."""
-    return (tqdm if sys.stderr.isatty() else Lines)(*args, **options)
+    """A tqdm bar on stderr, or Lines outside a terminal; the arguments are tqdm's."""
+    kind = tqdm if sys.stderr.isatty() else Lines
+    return kind(*args, **options)
 
 
 def flag(name: str) -> str:
-    """A field as the command line writes it."""
+    """A field's name as the command line writes it: batch_size -> --batch-size."""
     return "--" + name.replace("_", "-")

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .image_codecs import Codes, Palette, check_codes
 from .plan import TASKS
-from .text_codecs import ByteText, HFText, WordText, cut
+from .text_codecs import ByteText, HFText, WordText, shorten
 from .vq import VQ
 
 IGNORE = -100
@@ -295,7 +295,7 @@ class Tokenizer:
         shown = [self.text.decode(text) if isinstance(text, tuple) else text
                  for text in texts or [tuple(ids)]]
         raise ValueError(f"text of {len(ids)} tokens is over the budget of {budget} (text_length="
-                         f"{self.text_length}): {cut(' '.join(shown).strip())!r}")
+                         f"{self.text_length}): {shorten(' '.join(shown).strip())!r}")
 
     def sizes(self) -> dict:
         """The fields of a ModelConfig that follow; max_length leaves room for longer answers."""

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 from ..console import progress_bar
-from ..image_codecs import Palette, nearest
+from ..image_codecs import Palette, nearest_centres
 from ..pictures import read_image
 from ..shapes import Prompt, Question
-from ..text_codecs import cut
+from ..text_codecs import shorten
 
 METADATA = "metadata.jsonl"
 
@@ -78,7 +78,7 @@ class Pictures:
         """
         patches = self.patches.float()
         ours, theirs = patches[codes].flatten(1), patches[self.codes].flatten(1)
-        return [[self.captions[i]] for i in nearest(ours, theirs)]
+        return [[self.captions[i]] for i in nearest_centres(ours, theirs)]
 
     def fits(self, prompt, things):
         return list(prompt.things) == things
@@ -126,10 +126,10 @@ def check_row(row, folder, where):
     for key in ("file_name", "text"):
         value = row.get(key) if isinstance(row, dict) else None
         if not isinstance(value, str) or not value.strip():
-            raise ValueError(f'{where}: needs the key "{key}" with a text, not {cut(repr(value))}')
+            raise ValueError(f'{where}: needs the key "{key}" with a text, not {shorten(repr(value))}')
     name = Path(row["file_name"])
     if name.anchor or ".." in name.parts:  # "/etc/x.png", "C:x.png", "../x.png"
-        raise ValueError(f"{where}: {cut(row['file_name'])!r} leads out of the folder")
+        raise ValueError(f"{where}: {shorten(row['file_name'])!r} leads out of the folder")
     if not os.path.isfile(folder / name):  # Path.is_file raises for a name that is too long
-        raise FileNotFoundError(f"{where}: {folder / cut(row['file_name'])} does not exist")
+        raise FileNotFoundError(f"{where}: {folder / shorten(row['file_name'])} does not exist")
     return folder / name, row["text"]

@@ -49,7 +49,7 @@ from ..console import command, flag, progress_bar
 from ..device import find_device
 from ..image_codecs import Codes, Palette
 from ..pictures import pillow, save_png
-from ..text_codecs import ByteText, HFText, WordText, cut
+from ..text_codecs import ByteText, HFText, WordText, shorten
 from ..tokenizer import Tokenizer, image_from_state, image_state
 from ..vq import VQ, measure, train_vq
 from .emoji import CREDITS, Emoji, check_size, fetch_emoji, write_notice
@@ -243,7 +243,7 @@ def captions_of(chunks: Chunks, sides: dict) -> list:
     for record in chunks.used():
         if record["picture"] in sides and record["texts"]:
             texts[record["picture"]] = record["texts"][0][1]
-    return [f"{split}: {cut(texts[number])}" for number, split in sides.items()]
+    return [f"{split}: {shorten(texts[number])}" for number, split in sides.items()]
 
 
 # --- 4. Shards ---

@@ -26,7 +26,7 @@ import numpy as np
 
 from ..image_codecs import load_codes
 from ..pictures import read_image
-from ..text_codecs import cut
+from ..text_codecs import shorten
 from .image_folder import METADATA, _parse_line, check_row, parse_json
 
 DESCRIBE = "describe ?"
@@ -148,11 +148,11 @@ def csv_row(row: dict, folder: Path, where: str):
     if isinstance(row, csv.Error):
         raise ValueError(f"cannot be read ({row})")
     if more := ",".join(row.get(None, ())).rstrip(","):    # commas alone are empty columns
-        raise ValueError(f"more columns than the first line names, from {cut(repr(more))} on: a "
+        raise ValueError(f"more columns than the first line names, from {shorten(repr(more))} on: a "
                          "text with commas needs quotes")
     path, text = check_row(row, folder, where)
     if any("\udc80" <= letter <= "\udcff" for letter in text):         # surrogateescape
-        raise ValueError(f"not UTF-8: {cut(ascii(text))}; save the table as UTF-8")
+        raise ValueError(f"not UTF-8: {shorten(ascii(text))}; save the table as UTF-8")
     return path, text
 
 
@@ -167,7 +167,7 @@ def captions_csv(folder: Path):
             names = [str(error)]
         if not {"file_name", "text"} <= set(names):
             raise ValueError(f"{path}: the first line must name the columns file_name and text, it "
-                             f"has {cut(str(names))}")
+                             f"has {shorten(str(names))}")
         yield from rows_of(csv_rows(table), folder, csv_row)
 
 
@@ -291,7 +291,7 @@ def tar_caption(archive, parts: dict) -> str:
         except (ValueError, AttributeError):
             raise ValueError("its .json is no JSON object") from None
     if not isinstance(text, str):
-        raise ValueError(f'the "caption" in its .json must be a text, not {cut(repr(text))}')
+        raise ValueError(f'the "caption" in its .json must be a text, not {shorten(repr(text))}')
     if not text.strip():
         raise ValueError("no caption")
     return text
@@ -331,7 +331,7 @@ def conversation(entry, root: Path, where: str):
     in_turns = {*speakers[::2]} <= {"human", "user"} and {*speakers[1::2]} <= {"gpt", "assistant"}
     if not said or len(said) % 2 or not in_turns:
         return Skipped(where, "turns must go human, gpt, human, gpt: not "
-                              f"{cut(', '.join(speakers))}")
+                              f"{shorten(', '.join(speakers))}")
     if not all(said[1::2]):
         return Skipped(where, "an answer is empty")
     texts = [("mmu", *turn) for turn in zip(said[::2], said[1::2])]

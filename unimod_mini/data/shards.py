@@ -43,7 +43,7 @@ from ..atomic_files import json_text, save_data, whole_file, write_json
 from ..console import progress_bar
 from ..objectives import drop_prompts, mask_image_tokens
 from ..plan import TASKS
-from ..text_codecs import cut
+from ..text_codecs import shorten
 from ..tokenizer import Batch, Tokenizer
 
 FORMAT, VERSION, HEADER = "unimod_mini shard", 2, 4096
@@ -175,7 +175,7 @@ def text_ids(tokenizer: Tokenizer, task: str, question: str, answer: str) -> tup
         ids = tokenizer.text.encode(text)
         back = tokenizer.text.decode(ids)
         if tokenizer.text.encode(back) != ids or letters(back) != letters(text):
-            raise ValueError(f"the ids of {cut(text)!r} give back {cut(back)!r}: is a special "
+            raise ValueError(f"the ids of {shorten(text)!r} give back {shorten(back)!r}: is a special "
                              "token in it?")
     tokenizer.check_text(task, question, answer)
     asked = tokenizer.question_ids(question) if task == "mmu" else tokenizer.text_ids(question)
