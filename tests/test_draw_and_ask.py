@@ -99,7 +99,7 @@ def test_draw_then_ask(checkpoint, tmp_path, capsys):
     (["--prompt", "red", "--checkpoint", "bare.pt"], "bare.pt holds no tokenizer"),
     (["--prompt", "red", "--device", "toaster"], "no device 'toaster' here: choose from"),
     (["--prompt", "red", "--device", "cpu:x"], "no device 'cpu:x' here: choose from"),
-    (["--prompt", "red", "--out", "."], "--out . is a folder: give the name of a file in it"),
+    (["--prompt", "red", "--out", "."], "--out .: pictures are written as PNG, give a name"),
     (["--prompt", "  "], "an empty --prompt or --question: say what to draw, or what to answer"),
     (["--image", "small.png", "--question", ""], "an empty --prompt or --question"),
     (["--prompt", "red", "--out", "a.jpg"], "--out a.jpg: pictures are written as PNG"),

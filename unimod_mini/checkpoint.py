@@ -13,8 +13,8 @@ from .transformer import UnifiedTransformer
 def save_checkpoint(path, model: UnifiedTransformer, **extra) -> None:
     """Weights, config, plan, precision and `extra` data, for load_checkpoint.
 
-    ValueError, before anything is written, for extra data that is not plain (atomic_files.as_plain_data)
-    or takes one of these names.
+    ValueError, before anything is written, for extra data that is not plain
+    (atomic_files.as_plain_data) or takes one of these names.
     """
     model = unwrapped(model)
     own = {"model": model.state_dict(), "config": model.config, "plan": model.plan,

@@ -88,8 +88,6 @@ def check_arguments(cli: argparse.ArgumentParser, args) -> None:
 def run(args) -> None:
     """Draws or answers as the command line says."""
     out = Path(args.out or ("drawn.png" if args.prompt else "asked.png"))
-    if out.is_dir():
-        raise ValueError(f"--out {out} is a folder: give the name of a file in it")
     model, stored = load_checkpoint(args.checkpoint, find_device(args.device), args.precision)
     if "tokenizer" not in stored:
         raise ValueError(f"{args.checkpoint} holds no tokenizer: save_checkpoint(.., "
@@ -124,9 +122,6 @@ def draw(args, model, tokenizer, world, prompts: list, drawing: dict, out: Path)
     for name in ("temperature", "guidance", "steps", "top_k"):
         if getattr(args, name) is not None:
             drawing = drawing | {name: getattr(args, name)}
-    if args.top_k is not None and not drawing.get("temperature", 1.0):
-        raise ValueError("--top-k: this checkpoint draws at temperature 0, give a --temperature "
-                         "above 0 as well")
     for number, prompt in enumerate(prompts, start=1):
         path = numbered(out, number, len(prompts))
         codes = generate_codes(model, tokenizer, [prompt], routing=args.routing, seed=args.seed,

@@ -68,7 +68,7 @@ class Question(NamedTuple):
 @dataclass
 class World:
     """A toy world; ValueError for a setting outside its limits."""
-    side: int = 2  # places down and across
+    side: int = 2            # places down and across
     max_objects: int = 3
     n_colors: int = 6
     n_shapes: int = 4

@@ -43,7 +43,8 @@ class Pictures:
 
     def __init__(self, images, captions, n_codes=256, patch=4):
         if len(images) != len(captions):
-            raise ValueError(f"Pictures: one caption a picture, got {len(images)} pictures and {len(captions)} captions")
+            raise ValueError(f"Pictures: one caption a picture, got {len(images)} pictures and "
+                             f"{len(captions)} captions")
         # as WordText.decode writes them
         captions = [" ".join(caption.split()) for caption in captions]
         self.captions, palette = captions, Palette.fit(images, n_codes, patch)
@@ -56,7 +57,9 @@ class Pictures:
     def sample_t2i(self, n, rng, held_out=False):
         """n prompts and their pictures: (list of Prompt, codes (n, h, w))."""
         index = [rng.randrange(len(self.captions)) for _ in range(n)]
-        return [Prompt(self.captions[i], "caption", (self.captions[i],)) for i in index], self.codes[index]
+        captions = [self.captions[i] for i in index]
+        prompts = [Prompt(caption, "caption", (caption,)) for caption in captions]
+        return prompts, self.codes[index]
 
     def sample_mmu(self, n, rng, held_out=False):
         """n times "describe ?", the answers, and the pictures: (list of Question, codes (n, h,
@@ -126,7 +129,8 @@ def check_row(row, folder, where):
     for key in ("file_name", "text"):
         value = row.get(key) if isinstance(row, dict) else None
         if not isinstance(value, str) or not value.strip():
-            raise ValueError(f'{where}: needs the key "{key}" with a text, not {shorten(repr(value))}')
+            raise ValueError(f'{where}: needs the key "{key}" with a text, not '
+                             f"{shorten(repr(value))}")
     name = Path(row["file_name"])
     if name.anchor or ".." in name.parts:  # "/etc/x.png", "C:x.png", "../x.png"
         raise ValueError(f"{where}: {shorten(row['file_name'])!r} leads out of the folder")

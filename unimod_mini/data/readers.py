@@ -1,10 +1,10 @@
-"""What people bring: pictures with captions or questions, one reader a format, all behind the same
-stream.
+"""Pictures with captions or questions, one reader a format, all as one stream.
 
-    folder with metadata.jsonl     {"file_name": "a/1.jpg", "text": "a sleeping cat"}, one a line (imagefolder)
+    folder with metadata.jsonl     {"file_name": "a/1.jpg", "text": "a sleeping cat"}, one a line
     folder with captions.csv       the columns file_name and text
     folder of .tar, or one .tar    WebDataset as img2dataset writes it: 000000001.jpg, .txt, .json
-    questions.json or .jsonl       LLaVA: {"image": .., "conversations": [{"from": "human", "value": "<image> .."}, ..]}
+    questions.json or .jsonl       LLaVA: {"image": .., "conversations": [{"from": "human",
+                                   "value": "<image> .."}, ..]}
 
 A picture is an image file or, when codes are asked for, an .npy of integers (h, w), its codes in a
 tokenizer that is not here. A caption gives two samples, draw it and describe it; a conversation
@@ -148,8 +148,8 @@ def csv_row(row: dict, folder: Path, where: str):
     if isinstance(row, csv.Error):
         raise ValueError(f"cannot be read ({row})")
     if more := ",".join(row.get(None, ())).rstrip(","):    # commas alone are empty columns
-        raise ValueError(f"more columns than the first line names, from {shorten(repr(more))} on: a "
-                         "text with commas needs quotes")
+        raise ValueError(f"more columns than the first line names, from {shorten(repr(more))} on: "
+                         "a text with commas needs quotes")
     path, text = check_row(row, folder, where)
     if any("\udc80" <= letter <= "\udcff" for letter in text):         # surrogateescape
         raise ValueError(f"not UTF-8: {shorten(ascii(text))}; save the table as UTF-8")

@@ -175,8 +175,8 @@ def text_ids(tokenizer: Tokenizer, task: str, question: str, answer: str) -> tup
         ids = tokenizer.text.encode(text)
         back = tokenizer.text.decode(ids)
         if tokenizer.text.encode(back) != ids or letters(back) != letters(text):
-            raise ValueError(f"the ids of {shorten(text)!r} give back {shorten(back)!r}: is a special "
-                             "token in it?")
+            raise ValueError(f"the ids of {shorten(text)!r} give back {shorten(back)!r}: is a "
+                             "special token in it?")
     tokenizer.check_text(task, question, answer)
     asked = tokenizer.question_ids(question) if task == "mmu" else tokenizer.text_ids(question)
     return tuple(asked), tuple(tokenizer.text_ids(answer))

@@ -1,8 +1,9 @@
 """The working folder of prepare.py: pictures as they were decoded, in chunks that are finished or
 not there.
 
-    records-000000.jsonl   one line an entry of the source; written last, it marks the chunk as finished
-    pixels-000000.npy      uint8 (m, S, S, 3), the pictures that no entry before had; int32 (m, h, w) if they are codes
+    records-000000.jsonl   one line an entry; written last, it marks the chunk as finished
+    pixels-000000.npy      uint8 (m, S, S, 3), the pictures that no entry before had; int32
+                           (m, h, w) if they are codes
     codes-000000.npy       uint16 or int32 (m, h, w), the same pictures as the codec encodes them
 
 A record is {"key", "skipped": why} or {"key", "picture": number, "pixels": hash, "split", "kind",
@@ -50,8 +51,8 @@ def pool_map(workers: int):
     try:
         yield partial(pool.map, chunksize=16)
     except BrokenProcessPool as error:
-        raise ValueError("a process that read pictures was killed, for lack of memory perhaps: the same command goes "
-                         "on, with fewer --workers if need be") from error
+        raise ValueError("a process that read pictures was killed, for lack of memory perhaps: the "
+                         "same command goes on, with fewer --workers if need be") from error
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -90,10 +91,6 @@ class Chunks:
             with open(self.path("records", chunk), encoding="utf-8") as file:
                 yield from map(json.loads, file)
 
-    def skipped(self) -> list:
-        """(key, why) of what could not be used."""
-        return [(record["key"], record["skipped"]) for record in self.records() if "skipped" in record]
-
     def used(self):
         """The records that have a picture."""
         return (record for record in self.records() if "skipped" not in record)
@@ -108,26 +105,27 @@ class Chunks:
         ValueError when others were read before.
         """
         for record in self.records():
-            entry = next(entries, None)
-            there = getattr(entry, "texts", [])
-            lost = any(tuple(map(str.strip, text)) not in there for text in record.get("texts", ()))
-            if entry is None or entry.key != record["key"] or lost:
-                now = "its end" if entry is None else "another text" if entry.key == record["key"] else entry.key
-                raise ValueError(f"the source changed since {self.folder.parent} was begun, {record['key']} is now "
-                                 f"{now}: --changed anew begins again, or choose another folder")
+            now = change_of(record, next(entries, None))
+            if now is not None:
+                raise ValueError(f"the source changed since {self.folder.parent} was begun, "
+                                 f"{record['key']} is now {now}: --changed anew begins again, or "
+                                 "choose another folder")
 
-    def read(self, entries, size: int, held: float, workers: int, n_codes: int | None = None) -> None:
-        """Entries (readers.py) -> the chunks that are missing. held: share of the pictures that is
-        held out, where an entry does not say itself on which side it is; n_codes: pictures are
-        codes below this, None: pixels.
+    def read(self, entries, size: int, held: float, workers: int,
+             n_codes: int | None = None) -> None:
+        """Entries (readers.py) -> the chunks that are missing.
+
+        held: share of the pictures that is held out, where an entry does not say itself on which
+        side it is; n_codes: pictures are codes below this, None: pixels.
         """
         dtype, shape = picture_type(size, n_codes)
         memory = Memory(self, held)
         self.pass_over(entries)
-        with pool_map(workers) as map_, progress_bar(desc="pictures", unit="picture", initial=self.starts[-1]) as bar:
+        bar = progress_bar(desc="pictures", unit="picture", initial=self.starts[-1])
+        with pool_map(workers) as map_, bar:
             while chunk := list(islice(entries, CHUNK)):
-                decoded = iter(map_(decode, [(entry, size, n_codes) for entry in chunk if isinstance(entry, Item)]))
-                records, pixels = [], []
+                jobs = [(entry, size, n_codes) for entry in chunk if isinstance(entry, Item)]
+                decoded, records, pixels = iter(map_(decode, jobs)), [], []
                 for entry in chunk:
                     picture = next(decoded) if isinstance(entry, Item) else entry.why
                     if isinstance(picture, str):
@@ -145,6 +143,19 @@ class Chunks:
         self.starts.append(self.starts[-1] + len(pixels))
 
 
+def change_of(record: dict, entry) -> str | None:
+    """What stands now in the place of what was read; None: the same."""
+    if entry is None:
+        return "its end"
+    if entry.key != record["key"]:
+        return entry.key
+    there = getattr(entry, "texts", [])
+    for text in record.get("texts", ()):
+        if tuple(map(str.strip, text)) not in there:
+            return "another text"
+    return None
+
+
 class Memory:
     """Which pictures and which texts of them have been seen: about 200 bytes a sample."""
 
@@ -155,16 +166,23 @@ class Memory:
             self.texts.update(hash((record["pixels"], *text)) for text in record["texts"])
 
     def record(self, item: Item, picture: bytes, start: int, pixels: list) -> dict:
-        """What is kept of an item. Its picture is added to `pixels`, the chunk that begins with
-        number `start`, unless it was seen before: then it keeps its number and its split, and gets
-        the new texts alone.
+        """What is kept of an item.
+
+        Its picture is added to `pixels`, the chunk that begins with number `start`, unless it was
+        seen before: then it keeps its number and its split, and gets the new texts alone.
         """
         digest = hashlib.sha256(picture).hexdigest()[:32]
         if digest not in self.pictures:
-            split = item.split or ("held" if hashed_share("split", item.key) < self.held else "train")
+            is_held = hashed_share("split", item.key) < self.held
+            split = item.split or ("held" if is_held else "train")
             self.pictures[digest] = start + len(pixels), split
             pixels.append(picture)
         number, split = self.pictures[digest]
-        texts = [text for text in dict.fromkeys(item.texts) if hash((digest, *text)) not in self.texts]
-        self.texts.update(hash((digest, *text)) for text in texts)
-        return {"key": item.key, "picture": number, "pixels": digest, "split": split, "kind": item.kind, "texts": texts}
+        texts = []
+        for text in item.texts:
+            key = hash((digest, *text))
+            if key not in self.texts:
+                self.texts.add(key)
+                texts.append(text)
+        return {"key": item.key, "picture": number, "pixels": digest, "split": split,
+                "kind": item.kind, "texts": texts}
